@@ -1,0 +1,189 @@
+"""linear_distillation against dense fp64 autograd."""
+
+import pytest
+import torch
+
+from vlm_taid.objectives import Head, HiddenSignal, Objective, linear_distillation, per_token
+
+N, H, G = 11, 16, 24
+
+
+def case(V_student, V_teacher, *, bias=False, scale=1.0, softcap=None, columns=None, dtype=torch.float32, seed=0):
+    """Hidden states and heads of both models; ``columns``: (student's, teacher's) ids of the shared vocabulary."""
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    student_columns, teacher_columns = columns or (None, None)
+    options = {"scale": scale, "softcap": softcap}
+    student = Head(randn(V_student, H) * 0.5, randn(V_student) if bias else None, columns=student_columns, **options)
+    teacher = Head(randn(V_teacher, G) * 0.5, randn(V_teacher) if bias else None, columns=teacher_columns, **options)
+    return randn(N, H), student, HiddenSignal(randn(N, G), teacher), torch.randint(V_student, (N,), generator=g)
+
+
+def reference(name, hidden, head, target, labels, t, weights):
+    """The loss of taid.md over all of the student's tokens, in fp64: unshared tokens have target mass 0."""
+    hidden = hidden.double().detach().requires_grad_()
+    weight = head.weight.double().detach().requires_grad_()
+    bias = None if head.bias is None else head.bias.double().detach().requires_grad_()
+    student = Head(weight, bias, head.scale, head.softcap)(hidden)
+    if name == "sft":
+        loss = per_token(name, student, None, labels_N=labels)
+    else:
+        other = target.head
+        teacher = Head(
+            other.weight.double(),
+            None if other.bias is None else other.bias.double(),
+            other.scale,
+            other.softcap,
+            other.columns,
+        )(target.hidden_NG.double())
+        at = slice(None) if head.columns is None else head.columns
+        loss = per_token(name, student[:, at], teacher, **({"t": t} if name == "taid" else {}))
+        loss = loss - (student.log_softmax(-1)[:, at].logsumexp(-1))
+    (loss * weights).sum().mul(3.0).backward()
+    return loss.detach() * weights, hidden.grad, weight.grad, None if bias is None else bias.grad
+
+
+def ours(name, hidden, head, target, labels, t, weights, chunk, frozen=False):
+    hidden = hidden.clone().requires_grad_()
+    weight = head.weight.clone().requires_grad_(not frozen)
+    bias = None if head.bias is None else head.bias.clone().requires_grad_(not frozen)
+    head = Head(weight, bias, head.scale, head.softcap, head.columns)
+    out = linear_distillation(
+        hidden, head, target, Objective.named(name), t=t, labels_N=labels, weights_N=weights, chunk=chunk
+    )
+    out.loss_N.sum().mul(3.0).backward()
+    return out, hidden.grad, weight.grad, None if bias is None else bias.grad
+
+
+def off(a, b):
+    return float((a.double() - b).norm() / b.norm().clamp_min(1e-9))
+
+
+SAME, SHIFTED = torch.arange(38), torch.arange(2, 40)
+HOLES = (torch.tensor([3, 0, 7, 8, 20, 12]), torch.tensor([1, 2, 30, 5, 9, 4]))
+CASES = {
+    "equal": {"V_student": 40, "V_teacher": 40},
+    "student padded": {"V_student": 48, "V_teacher": 40, "columns": (torch.arange(40), torch.arange(40))},
+    "teacher padded": {"V_student": 40, "V_teacher": 64, "columns": (torch.arange(40), torch.arange(40))},
+    "holes": {"V_student": 40, "V_teacher": 36, "columns": HOLES},
+    "holes and bias": {"V_student": 40, "V_teacher": 36, "columns": HOLES, "bias": True},
+    "teacher slice and bias": {"V_student": 40, "V_teacher": 64, "columns": (SAME, SHIFTED), "bias": True},
+    "scale": {"V_student": 40, "V_teacher": 40, "scale": 0.125},
+    "soft cap": {"V_student": 40, "V_teacher": 40, "softcap": 2.0, "bias": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["taid", "fkl", "rkl", "sft"])
+@pytest.mark.parametrize("chunk", [1, 7, N, 100, None])
+@pytest.mark.parametrize("kind", CASES)
+def test_equals_dense_fp64(name, chunk, kind):
+    hidden, head, target, labels = case(**CASES[kind])
+    weights = torch.linspace(0.0, 2.0, N)
+    expected = reference(name, hidden, head, target, labels, 0.4, weights.double())
+    out, *gradients = ours(name, hidden, head, target, labels, 0.4, weights, chunk)
+    assert (out.loss_N.detach() - expected[0]).abs().max() < 3e-6 * max(1.0, float(expected[0].max()))
+    for gradient, exact in zip(gradients, expected[1:], strict=True):
+        assert (gradient is None) == (exact is None)
+        if gradient is not None:
+            assert off(gradient, exact) < 5e-6
+
+
+def test_tied_head_gets_both_gradients():
+    weight = torch.randn(40, H, generator=torch.Generator().manual_seed(1))
+    target = case(40, 40)[2]
+    ids = torch.arange(N)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        tied = weight.to(dtype).clone().requires_grad_()
+        hidden = torch.nn.functional.embedding(ids, tied).tanh()
+        if dtype == torch.float32:
+            linear_distillation(hidden, Head(tied), target, Objective.named("taid"), t=0.4).loss_N.sum().backward()
+        else:
+            teacher = target.head(target.hidden_NG).double()
+            per_token("taid", hidden @ tied.T, teacher, t=0.4).sum().backward()
+        found.append(tied.grad)
+    assert off(found[0], found[1]) < 5e-6
+
+
+def test_frozen_head_makes_no_head_gradient(monkeypatch):
+    hidden, head, target, labels = case(40, 40)
+    made = []
+    real = torch.zeros_like
+    monkeypatch.setattr(torch, "zeros_like", lambda x, **k: made.append(x.shape) or real(x, **k))
+    weights = torch.ones(N)
+    _, hidden_gradient, weight_gradient, _ = ours("taid", hidden, head, target, labels, 0.4, weights, 4, frozen=True)
+    assert weight_gradient is None and (40, H) not in made
+    assert off(hidden_gradient, reference("taid", hidden, head, target, labels, 0.4, weights.double())[1]) < 5e-6
+
+
+@pytest.mark.parametrize("name", ["taid", "fkl", "rkl", "sft"])
+def test_bf16_gradients_stay_within_one_percent(name):
+    hidden, head, target, labels = case(4000, 4000, dtype=torch.bfloat16)
+    weights = torch.ones(N)
+    expected = reference(name, hidden, head, target, labels, 0.4, weights.double())
+    out, hidden_gradient, weight_gradient, _ = ours(name, hidden, head, target, labels, 0.4, weights, 4)
+    assert hidden_gradient.dtype == weight_gradient.dtype == torch.bfloat16
+    assert off(out.loss_N.detach(), expected[0]) < 1e-5  # the logits are not rounded to bf16
+    assert off(hidden_gradient, expected[1]) < 0.01
+    assert off(weight_gradient, expected[2]) < 0.01
+
+
+def test_no_rows():
+    hidden, head, target, _ = case(40, 40)
+    hidden, weight = hidden[:0].requires_grad_(), head.weight.clone().requires_grad_()
+    target = HiddenSignal(target.hidden_NG[:0], target.head)
+    out = linear_distillation(hidden, Head(weight), target, Objective.named("taid"), t=0.4)
+    out.loss_N.sum().backward()
+    assert out.loss_N.shape == (0,) and hidden.grad.shape == (0, H)
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+def test_kl_and_cross_entropy_forms():
+    hidden, head, target, _ = case(48, 40, columns=(torch.arange(40), torch.arange(40)))
+    out = linear_distillation(hidden, head, target, Objective.named("taid"), t=0.4)
+    shared, teacher = head(hidden).double(), target.head(target.hidden_NG).double()
+    p_t = (0.6 * shared + 0.4 * teacher).softmax(-1)
+    log_q = Head(head.weight)(hidden).double().log_softmax(-1)[:, :40]
+    assert off(out.ce_N, -(p_t * log_q).sum(-1)) < 1e-6
+    assert off(out.kl_N, (p_t * (p_t.log() - log_q)).sum(-1)) < 1e-6
+
+
+def test_without_gradient_nothing_is_made():
+    hidden, head, target, _ = case(40, 40)
+    with torch.no_grad():
+        out = linear_distillation(hidden.requires_grad_(), head, target, Objective.named("taid"), t=0.4)
+    assert not out.loss_N.requires_grad
+
+
+def test_uneven_upstream_gradient_of_a_trainable_head_is_refused():
+    hidden, head, target, _ = case(40, 40)
+    trainable = Head(head.weight.requires_grad_())
+    out = linear_distillation(hidden, trainable, target, Objective.named("taid"), t=0.4)
+    with pytest.raises(ValueError, match="weights_N"):
+        (out.loss_N * torch.arange(N)).sum().backward()
+
+
+def test_padded_student_rows_are_driven_down():
+    """A padded row has target mass 0 and stays in the normaliser: its gradient is its own mass."""
+    hidden, head, target, _ = case(48, 40, columns=(torch.arange(40), torch.arange(40)))
+    bias = torch.zeros(48, requires_grad=True)
+    student = Head(head.weight, bias, columns=head.columns)
+    linear_distillation(hidden, student, target, Objective.named("taid"), t=0.4).loss_N.sum().backward()
+    mass_NV = Head(head.weight)(hidden).softmax(-1)
+    assert off(bias.grad[40:], mass_NV[:, 40:].sum(0).double()) < 1e-5
+
+
+def test_wrong_use_is_named():
+    hidden, head, target, _ = case(40, 36)
+    with pytest.raises(ValueError, match="SharedVocabulary"):
+        linear_distillation(hidden, head, target, Objective.named("taid"), t=0.4)
+    with pytest.raises(TypeError, match="teacher"):
+        linear_distillation(hidden, head, None, Objective.named("fkl"))
+    hidden, head, target, _ = case(40, 40)
+    with pytest.raises(TypeError, match="needs t"):
+        linear_distillation(hidden, head, target, Objective.named("taid"))
+    with pytest.raises(TypeError, match="labels_N"):
+        linear_distillation(hidden, head, None, Objective.named("sft"))

@@ -1,0 +1,161 @@
+"""Language heads as data: what turns a hidden state into logits, proven against the model that it comes from.
+
+Legend: N positions, T short input, H hidden width, V rows of the head, C columns in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import InputError
+
+
+def redirected(wrapper: nn.Module, module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+    """Runs ``function(*args)`` as ``module``'s forward, called through ``wrapper``.
+
+    So the hooks of DDP, DeepSpeed and FSDP fire (parameters are gathered, gradients are reduced) although the
+    function, not the module's own forward, does the work. ``wrapper`` may be the module itself.
+    """
+    saved = module.__dict__.get("forward")  # accelerate leaves a forward on the instance
+
+    def restore():
+        if saved is not None:
+            module.forward = saved
+        else:
+            del module.forward
+
+    def once(*inner: Any) -> Any:
+        restore()
+        return function(*inner)
+
+    module.forward = once
+    try:
+        return wrapper(*args)
+    finally:
+        if module.__dict__.get("forward") is once:
+            restore()
+
+
+@dataclass(frozen=True)
+class Head:
+    """A language head: ``softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)``, cut to ``columns``.
+
+    Args:
+        weight: [V, H].
+        bias: [V] or None.
+        scale: factor on the logits (Granite divides by ``logits_scaling``, Cohere multiplies by ``logit_scale``).
+        softcap: soft cap of the logits (Gemma 2), or None.
+        columns: this model's ids of the shared vocabulary, in the shared order ([C], or a slice); None: all rows.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    columns: Tensor | slice | None = None
+
+    def __post_init__(self):
+        if isinstance(self.columns, Tensor):
+            object.__setattr__(self, "columns", as_slice(self.columns))
+
+    @classmethod
+    def of(cls, model: nn.Module, columns: Tensor | slice | None = None) -> Head:
+        """The head of a transformers model, proven: on a short input it gives the model's own logits.
+
+        The hidden state is amplified for the proof, so that a soft cap bends and a wrong one shows.
+
+        Raises:
+            InputError: no form of head that is known here gives the model's logits.
+        """
+        output = model.get_output_embeddings()
+        if output is None or getattr(output, "weight", None) is None:
+            raise InputError(f"{type(model).__name__} has no language head (get_output_embeddings() is None)")
+        config = model.config.get_text_config()
+        softcap = getattr(config, "final_logit_softcapping", None)
+        scales = [1.0 / value for value in [getattr(config, "logits_scaling", None)] if value]
+        scales += [value for value in [getattr(config, "logit_scale", None)] if value]
+        plain = cls(output.weight, getattr(output, "bias", None))
+        forms = [plain] + [replace(plain, scale=scale) for scale in scales]
+        forms += [replace(plain, softcap=softcap)] if softcap else []
+
+        def errors(hidden_TH: Tensor) -> list[float]:
+            size = own_TV.abs().max().clamp_min(1e-6)
+            return [float((form(hidden_TH) - own_TV).abs().max() / size) for form in forms]
+
+        amplify = 3.0 * (softcap or 10.0)
+        hidden_TH, own_TV = _own_logits(model, amplify)
+        found = redirected(output, output, errors, hidden_TH)
+        best = min(range(len(forms)), key=found.__getitem__)
+        tolerance = 1e-3 if own_TV.dtype == torch.float32 else 3e-2
+        if not found[best] <= tolerance:
+            raise InputError(
+                f"{type(model).__name__}: the language head is none of those known here (a linear head with bias, "
+                f"scale or soft cap): its logits differ from the model's own by {found[best]:.2g} of their size"
+            )
+        return replace(forms[best], columns=columns)
+
+    @property
+    def width(self) -> int:
+        """Columns in use, C."""
+        if isinstance(self.columns, slice):
+            return self.columns.stop - self.columns.start
+        return self.weight.shape[0] if self.columns is None else len(self.columns)
+
+    def curve(self, raw: Tensor) -> Tensor:
+        """Scale and soft cap, in place, on raw products plus bias."""
+        if self.scale != 1.0:
+            raw.mul_(self.scale)
+        if self.softcap is not None:
+            raw.div_(self.softcap).tanh_().mul_(self.softcap)
+        return raw
+
+    def curve_gradient(self, logits: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient in the raw products, in place on ``gradient``, from that in the logits."""
+        if self.softcap is not None:
+            gradient.mul_(1.0 - (logits / self.softcap).square_())
+        return gradient.mul_(self.scale) if self.scale != 1.0 else gradient
+
+    def __call__(self, hidden_NH: Tensor) -> Tensor:
+        """Dense fp32 logits [N, C], differentiable: the reference."""
+        at = slice(None) if self.columns is None else self.columns
+        dtype = torch.promote_types(torch.float32, self.weight.dtype)
+        bias = None if self.bias is None else self.bias[at].to(dtype)
+        logits_NC = F.linear(hidden_NH.to(dtype), self.weight[at].to(dtype), bias) * self.scale
+        return logits_NC if self.softcap is None else self.softcap * torch.tanh(logits_NC / self.softcap)
+
+
+def as_slice(columns_C: Tensor) -> Tensor | slice:
+    """Consecutive ids as a slice, so that a head is cut without a copy; others as they are."""
+    first = int(columns_C[0]) if len(columns_C) else 0
+    if torch.equal(columns_C.cpu(), torch.arange(first, first + len(columns_C))):
+        return slice(first, first + len(columns_C))
+    return columns_C
+
+
+@torch.no_grad()
+def _own_logits(model: nn.Module, amplify: float) -> tuple[Tensor, Tensor]:
+    """The hidden states [T, H] of a short input, amplified, and the logits [T, V] that the model makes of them."""
+    kept: list[Tensor] = []
+
+    def amplified(module, args, output):
+        hidden = output.last_hidden_state
+        output.last_hidden_state = hidden * (amplify / hidden.norm(dim=-1, keepdim=True).mean().clamp_min(1e-6))
+        kept.append(output.last_hidden_state[0])
+        return output
+
+    device = next(model.parameters()).device
+    ids_BT = torch.arange(3, 3 + 6, device=device)[None]
+    training, hook = model.training, model.base_model.register_forward_hook(amplified)
+    try:
+        model.eval()
+        own_TV = model.forward(input_ids=ids_BT, use_cache=False).logits[0]
+    finally:
+        hook.remove()
+        model.train(training)
+    return kept[0], own_TV
