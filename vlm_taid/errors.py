@@ -13,10 +13,13 @@ class BadRow(InputError):
 
     Args:
         row: where the row comes from, as ``file:number``.
-        reason: what is wrong with it and what to do.
+        reason: what is wrong with it and what to do. None: ``row`` is a worker's traceback, from which the message is
+            taken: a DataLoader makes the exception anew from that text alone.
     """
 
-    def __init__(self, row: str, reason: str):
+    def __init__(self, row: str, reason: str | None = None):
+        if reason is None:
+            row, _, reason = row.rpartition("BadRow: ")[2].strip().partition(": ")
         super().__init__(f"{row}: {reason}")
         self.row, self.reason = row, reason
 

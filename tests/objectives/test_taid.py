@@ -102,7 +102,7 @@ def test_taid_equals_dense_fp64(t):
         loss_N = per_token("taid", leaf, teacher.to(dtype), t=t)
         loss_N.sum().backward()
         assert (loss_N - value_N).abs().max() <= tolerance * max(1.0, float(value_N.max()))
-        assert (leaf.grad - gradient_NV).norm() <= tolerance * max(1e-3, float(gradient_NV.norm())) * 2
+        assert (leaf.grad - gradient_NV).norm() <= tolerance * max(1.0, float(gradient_NV.norm()))
     if t == 0.0:
         assert gradient_NV.abs().max() < 1e-14
     if t == 0.5:

@@ -65,6 +65,7 @@ class Head:
             object.__setattr__(self, "columns", as_slice(self.columns))
 
     @classmethod
+    @torch.no_grad()
     def of(cls, model: nn.Module, columns: Tensor | slice | None = None) -> Head:
         """The head of a transformers model, proven: on a short input it gives the model's own logits.
 

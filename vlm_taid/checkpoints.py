@@ -1,0 +1,71 @@
+"""Checkpoints that are whole or not there: written beside, listed in a manifest, renamed; resume takes a whole one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+MANIFEST = "complete.json"
+PARTIAL = ".partial"
+
+
+def publish(partial: Path, final: Path, world_size: int) -> None:
+    """Writes the manifest of a finished folder, makes it durable, and renames it to its place."""
+    files = {str(f.relative_to(partial)): f.stat().st_size for f in sorted(partial.rglob("*")) if f.is_file()}
+    manifest = partial / MANIFEST
+    manifest.write_text(json.dumps({"world_size": world_size, "files": files}, indent=1))
+    for path in [*(partial / name for name in files), manifest]:
+        _sync(path)
+    for folder in [*(path for path in partial.rglob("*") if path.is_dir()), partial]:
+        _sync(folder)
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(partial, final)
+    _sync(final.parent)
+
+
+def newest_whole(run: Path, warn: Callable[[str], None] = warnings.warn) -> Path | None:
+    """The newest checkpoint of a run whose files are all there in their sizes, or None.
+
+    Args:
+        run: the run's folder.
+        warn: is told of each broken checkpoint that is passed over.
+    """
+    found = [
+        (int(m[1]), path) for path in run.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    ]
+    for _, path in sorted(found, reverse=True):
+        problem = broken(path)
+        if problem is None:
+            return path
+        warn(f"{path} is not whole ({problem}): resuming from the checkpoint before it")
+    return None
+
+
+def broken(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        return f"no readable {MANIFEST}"
+    for name, size in files.items():
+        try:
+            actual = (checkpoint / name).stat().st_size
+        except OSError:
+            return f"{name} is missing"
+        if actual != size:
+            return f"{name} has {actual} bytes, not {size}"
+    return None
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

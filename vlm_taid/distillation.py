@@ -1,0 +1,174 @@
+"""distill: from a recipe to a trained student in its folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import set_seed
+
+from .checkpoints import newest_whole
+from .data import ConversationDataset
+from .errors import InputError
+from .model_card import model_card
+from .pretrained import load_model, load_processor
+from .recipe import Recipe
+from .streams import PairedCollator, SharedVocabulary, StreamEncoder, same_processing
+from .teachers import LiveTeacher
+from .trainer import DistillationArguments, DistillationTrainer
+
+DONE = "complete.json"
+
+
+def distill(recipe: Recipe) -> Path:
+    """Trains the recipe's student; on every rank of a launcher, or in one process.
+
+    Args:
+        recipe: what to do. With ``training.resume: auto`` the newest whole checkpoint of the output folder is gone
+            on from, bit for bit.
+
+    Returns:
+        The run's folder: the student and its processor in transformers' format, ``recipe.yaml``, ``metrics.jsonl``,
+        ``README.md``, ``complete.json`` (written last) and the checkpoints.
+
+    Raises:
+        InputError: something in the recipe, the models or the data cannot be used.
+    """
+    plain_gloo_without_compiler()
+    arguments = recipe.arguments()
+    output = Path(arguments.output_dir)
+    checkpoint = _checkpoint(arguments, recipe, output)
+    set_seed(arguments.seed)
+    trainer = build_trainer(recipe, arguments)
+    if trainer.is_world_process_zero():
+        output.mkdir(parents=True, exist_ok=True)
+        (output / DONE).unlink(missing_ok=True)
+        recipe.save(output / "recipe.yaml")
+    trainer.stop_on_sigterm()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    _report_refused(trainer, output)
+    if trainer.stopped:
+        trainer.accelerator.print(
+            f"stopped by SIGTERM after step {trainer.state.global_step}: run the same command to go on"
+        )
+        return output
+    trainer.save_model(str(output))
+    if trainer.is_world_process_zero():
+        trainer.state.save_to_json(str(output / "trainer_state.json"))
+        (output / "README.md").write_text(model_card(recipe, trainer.state, trainer.model))
+        (output / DONE).write_text(json.dumps({"global_step": trainer.state.global_step}))
+    trainer.accelerator.wait_for_everyone()
+    return output
+
+
+def build_trainer(recipe: Recipe, arguments: DistillationArguments) -> DistillationTrainer:
+    """The trainer with all its parts: models, encoders, data.
+
+    Raises:
+        InputError: something in the recipe, the models or the data cannot be used.
+    """
+    objective, schedule = recipe.objective.objective(), recipe.objective.schedule()
+    student = load_model(recipe.student)
+    processor = load_processor(recipe.student.path, trust_remote_code=recipe.student.trust_remote_code)
+    mine = StreamEncoder(processor, recipe.data)
+    teacher, theirs, vocabulary = None, None, None
+    if objective.uses_teacher and recipe.teacher is not None:
+        teacher = LiveTeacher(recipe.teacher, arguments.device)
+        theirs = StreamEncoder(
+            load_processor(recipe.teacher.path, trust_remote_code=recipe.teacher.trust_remote_code), recipe.data
+        )
+        vocabulary = SharedVocabulary(mine, theirs)
+        vocabulary.check_fits(_rows(student), _rows(teacher.model))
+        if same_processing(mine, theirs):
+            theirs = mine
+    collator = PairedCollator(mine, theirs, vocabulary, recipe.data)
+
+    def rows(sources: Any) -> ConversationDataset | None:
+        if not sources:
+            return None
+        return ConversationDataset(
+            sources, on_bad_row=recipe.data.on_bad_row, allow_urls=recipe.data.allow_urls, seed=arguments.seed
+        )
+
+    trainer = DistillationTrainer(
+        student,
+        arguments,
+        objective=objective,
+        collator=collator,
+        teacher=teacher,
+        schedule=schedule,
+        tower_training=recipe.student.tower_mode == "train",
+        chunk=recipe.objective.chunk,
+        train_dataset=rows(recipe.data.train),
+        eval_dataset=rows(recipe.data.validation),
+        processing_class=processor,
+    )
+    if teacher is not None and vocabulary is not None:
+        trainer.accelerator.print(
+            f"{'one encoding serves both models' if theirs is mine else 'each model has its own token stream'}; "
+            f"{len(vocabulary):,} shared tokens (heads of {_rows(student):,} and {_rows(teacher.model):,} rows)"
+        )
+    return trainer
+
+
+def plain_gloo_without_compiler() -> None:
+    """On a machine without an accelerator, keeps DeepSpeed from compiling its shared-memory extension.
+
+    The extension needs a C++ compiler and over half a minute of building; gloo does the same work.
+    """
+    if torch.cuda.is_available() or "LOCAL_RANK" not in os.environ:
+        return
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _rows(model: Any) -> int:
+    """Rows of the language head; a ZeRO-3 weight tells its whole shape."""
+    weight = model.get_output_embeddings().weight
+    return getattr(weight, "ds_shape", weight.shape)[0]
+
+
+def _checkpoint(arguments: DistillationArguments, recipe: Recipe, output: Path) -> Path | None:
+    """Where to go on from.
+
+    Raises:
+        InputError: the folder holds a run of another recipe, or the named checkpoint is not whole.
+    """
+    if arguments.resume == "never":
+        return None
+    if arguments.resume != "auto":
+        found = newest_whole(Path(arguments.resume).parent) if Path(arguments.resume).is_dir() else None
+        if found is None:
+            raise InputError(f"training.resume: {arguments.resume} is no checkpoint folder")
+        return Path(arguments.resume)
+    found = newest_whole(output, transformers.logging.get_logger(__name__).warning)
+    before = output / "recipe.yaml"
+    if found is not None and before.is_file():
+        import yaml
+
+        old, new = yaml.safe_load(before.read_text()), json.loads(json.dumps(recipe.to_dict()))
+        changed = [key for key in ("student", "teacher", "data", "objective") if old.get(key) != new.get(key)]
+        if changed:
+            raise InputError(
+                f"{output} holds a run of another recipe (it differs in {', '.join(changed)}): choose another "
+                "training.output_dir, or start anew with training.resume: never"
+            )
+    return found
+
+
+def _report_refused(trainer: DistillationTrainer, output: Path) -> None:
+    refused = trainer.all_refused()
+    if refused and trainer.is_world_process_zero():
+        lines = "".join(
+            json.dumps({"row": row, "times": times}, ensure_ascii=False) + "\n" for row, times in refused.items()
+        )
+        (output / "refused_rows.jsonl").write_text(lines)
+        first = next(iter(refused))
+        trainer.accelerator.print(
+            f"{len(refused)} rows were skipped (refused_rows.jsonl lists them), the first: {first}"
+        )

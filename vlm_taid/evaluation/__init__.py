@@ -1,0 +1,37 @@
+"""Evaluation: greedy answers to files of questions, scored, saved and compared."""
+
+from vlm_taid.evaluation import metrics
+from vlm_taid.evaluation.command import run_command
+from vlm_taid.evaluation.comparison import (
+    Comparison,
+    agreement,
+    agreements,
+    blind_baseline,
+    compare,
+    discordant,
+    paired_test,
+)
+from vlm_taid.evaluation.gallery import save_grid
+from vlm_taid.evaluation.models import load
+from vlm_taid.evaluation.readers import Task
+from vlm_taid.evaluation.results import Results, Score, read_samples
+from vlm_taid.evaluation.runner import evaluate
+
+__all__ = [
+    "Comparison",
+    "Results",
+    "Score",
+    "Task",
+    "agreement",
+    "agreements",
+    "blind_baseline",
+    "compare",
+    "discordant",
+    "evaluate",
+    "load",
+    "metrics",
+    "paired_test",
+    "read_samples",
+    "run_command",
+    "save_grid",
+]

@@ -1,0 +1,207 @@
+"""Held-out pictures with question, reference and each model's answer: which to show, and how to draw them."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from vlm_taid.data.sources import SourceOptions
+from vlm_taid.errors import InputError
+from vlm_taid.evaluation.comparison import Comparison, compare
+from vlm_taid.evaluation.metrics import normalize_exact
+from vlm_taid.evaluation.readers import Rows, image_sha256
+
+SYMBOLS = {"right": "✓", "partly": "◐", "wrong": "✗"}
+AGREEING_SHARE = 4  # one picture of so many shows a question on which all models agree
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One model's answer to one question, and its score between 0 and 1."""
+
+    label: str
+    text: str
+    score: float
+
+    @property
+    def verdict(self) -> str:
+        """A key of SYMBOLS."""
+        return "right" if self.score >= 1 else "wrong" if self.score <= 0 else "partly"
+
+
+@dataclass(frozen=True)
+class Card:
+    """One picture of the grid; ``differs`` if a model's answer is not the reference model's (or, alone, is wrong)."""
+
+    image: Image.Image
+    question: str
+    reference: str
+    answers: list[Answer]
+    differs: bool
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The chosen pictures of a task, and how many of its rows differ."""
+
+    task: str
+    cards: list[Card]
+    differing: int
+    rows: int
+
+
+def _spread(indices: Sequence[int], count: int) -> list[int]:
+    """At most count of them, evenly over the file."""
+    return (
+        [indices[position * len(indices) // count] for position in range(count)] if len(indices) > count else [*indices]
+    )
+
+
+def choose_rows(answers: Sequence[Sequence[str]], interesting: Sequence[Sequence[bool]], count: int) -> list[int]:
+    """Which rows to show: those where models differ first, then some where all agree.
+
+    Each pattern of who differs gets an equal share, so that a rare one is seen too; within a pattern the rows are
+    spread over the file.
+
+    Args:
+        answers: for each row, what it says (question and answers): rows that say the same are shown once.
+        interesting: for each row, which models differ.
+        count: how many rows.
+    """
+    patterns: dict[tuple[bool, ...], list[int]] = {}
+    seen = set()
+    for index, (texts, flags) in enumerate(zip(answers, interesting, strict=True)):
+        if tuple(texts) not in seen:
+            seen.add(tuple(texts))
+            patterns.setdefault(tuple(flags), []).append(index)
+    agreeing = next((rows for flags, rows in patterns.items() if not any(flags)), [])
+    queues = [_spread(rows, count) for flags, rows in sorted(patterns.items()) if any(flags)]
+    differing = [queue[turn] for turn in range(count) for queue in queues if turn < len(queue)]
+    wanted = max(count - len(differing), min(count // AGREEING_SHARE, len(agreeing)))
+    return differing[: count - wanted] + _spread(agreeing, wanted)
+
+
+def gallery(comparison: Comparison, task: str, count: int = 24, data: str | Path | None = None) -> Gallery:
+    """The pictures of a task that tell most about how the models differ.
+
+    Args:
+        comparison: evaluations with their samples.
+        task: a task of the reference model.
+        count: how many pictures.
+        data: the task's file, if it no longer lies where the evaluation read it.
+
+    Raises:
+        InputError: no samples, models that answered different rows, or pictures that are not those evaluated.
+    """
+    models = {
+        label: tasks[task].samples[task]
+        for label, tasks in comparison.plain.items()
+        if task in tasks and task in tasks[task].samples
+    }
+    if comparison.reference not in models:
+        raise InputError(
+            f"the evaluation of {comparison.reference} has no samples of {task}; run it with --log_samples"
+        )
+    results = comparison.plain[comparison.reference][task]
+    reference, metric = models[comparison.reference], results.metric(task)
+    if any([line["doc_id"] for line in lines] != [line["doc_id"] for line in reference] for lines in models.values()):
+        raise InputError(f"the evaluations of {task} answered different rows; run them with the same file and limit")
+    texts = [
+        [normalize_exact(lines[row]["filtered_resps"][0]) for lines in models.values()] for row in range(len(reference))
+    ]
+    own = list(models).index(comparison.reference)
+    if len(models) > 1:
+        differs = [[text != row[own] for text in row] for row in texts]
+    else:
+        differs = [[line[metric] < 1] for line in reference]
+    said = [[str(line["doc"].get("question")), *row] for line, row in zip(reference, texts, strict=True)]
+    source = dict(results.data["configs"][task]["dataset"])
+    if data is not None:
+        source["path"] = str(data)
+    rows = Rows(SourceOptions(**source))
+    cards = []
+    for index in choose_rows(said, differs, count):
+        line = reference[index]
+        images = rows[line["doc_id"]].images
+        if not images:
+            continue
+        if [image_sha256(image) for image in images] != line["doc"]["image"]:
+            raise InputError(f"{source['path']}, row {line['doc_id']}: not the picture that was evaluated")
+        answers = [
+            Answer(label, lines[index]["filtered_resps"][0], lines[index][metric]) for label, lines in models.items()
+        ]
+        shown = (
+            max(set(line["target"]), key=line["target"].count) if len(set(line["target"])) > 1 else line["target"][0]
+        )
+        cards.append(Card(images[0], str(line["doc"].get("question", "")), shown, answers, any(differs[index])))
+    return Gallery(task, cards, sum(map(any, differs)), len(reference))
+
+
+def save_grid(
+    evaluations: Sequence[str | Path],
+    output: str | Path,
+    *,
+    reference: str | None = None,
+    task: str | None = None,
+    count: int = 12,
+    columns: int = 6,
+    data: str | Path | None = None,
+) -> Path:
+    """Draws the grid of pictures alone, as a PNG.
+
+    Args:
+        evaluations: as in `compare`.
+        output: the PNG.
+        reference: the label of the model to compare with; the first one if None.
+        task: the first one if None.
+        count: how many pictures.
+        columns: pictures in a row of the grid.
+        data: the task's file, if it no longer lies where the evaluation read it.
+    """
+    from matplotlib.figure import Figure
+
+    comparison = compare(evaluations, reference)
+    cards = gallery(comparison, task or comparison.tasks[0], count, data).cards
+    if not cards:
+        raise InputError("no pictures to draw")
+    colors = {"right": "#1a7f37", "partly": "#9a6700", "wrong": "#cf222e"}
+    lines = 3.4 + len(cards[0].answers)  # of text under a picture: question, reference, answers
+    cell, line_height = 1.75, 0.17  # inches
+    grid_rows = -(-len(cards) // columns)
+    height = cell + lines * line_height
+    figure = Figure(figsize=(columns * (cell + 0.15), grid_rows * height), dpi=120, facecolor="white")
+    width = figure.get_figwidth()
+    for position, card in enumerate(cards):
+        left = (position % columns) * (cell + 0.15) + 0.075
+        top = figure.get_figheight() - (position // columns) * height - 0.075
+        axes = figure.add_axes(
+            (left / width, (top - cell) / figure.get_figheight(), cell / width, cell / figure.get_figheight())
+        )
+        axes.imshow(card.image, interpolation="nearest" if max(card.image.size) < 200 else "antialiased")
+        axes.set_axis_off()
+        question = textwrap.wrap(card.question, 30)[:2]
+        texts = [(line, "#1f2328", "bold") for line in question] + [
+            (f"reference: {card.reference}", "#59636e", "normal")
+        ]
+        texts += [
+            (f"{SYMBOLS[answer.verdict]} {answer.label}: {answer.text or '(empty)'}", colors[answer.verdict], "normal")
+            for answer in card.answers
+        ]
+        for number, (text, color, weight) in enumerate(texts):
+            y = top - cell - (number + 0.8) * line_height
+            figure.text(
+                left / width,
+                y / figure.get_figheight(),
+                textwrap.shorten(text, 34),
+                fontsize=7.5,
+                color=color,
+                weight=weight,
+            )
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output)
+    return output

@@ -1,0 +1,247 @@
+"""What an evaluation found: scores, and one line for each answer, in the files that harnesses' tools read.
+
+The keys are those of lm-eval and lmms-eval. All that differs between two equal runs stands under ``run``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from vlm_taid.errors import InputError
+from vlm_taid.evaluation.metrics import metric, score
+from vlm_taid.evaluation.readers import Row, Task, json_line, text_sha256
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean, its standard error (sample standard deviation / sqrt(n); None for one value) and n."""
+
+    value: float
+    stderr: float | None
+    count: int
+
+    @staticmethod
+    def mean(values: Sequence[float]) -> Score:
+        """The mean of at least one value."""
+        stderr = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+        return Score(statistics.fmean(values), stderr, len(values))
+
+    def __str__(self) -> str:
+        """In percent: ``97.3 ± 0.2``."""
+        return f"{100 * self.value:.1f}" + ("" if self.stderr is None else f" ± {100 * self.stderr:.1f}")
+
+
+def sample_line(row: Row, answer: str, task: Task) -> dict[str, Any]:
+    """The line of one answer in a samples file.
+
+    Args:
+        row: the question.
+        answer: the model's text; scored after strip.
+        task: names the metric.
+    """
+    answer = answer.strip()
+    line = {
+        "doc_id": row.doc_id,
+        "doc": json.loads(json_line(row.doc)),
+        "target": row.references,
+        "arguments": [row.prompt, task.config()["generation_kwargs"]],
+        "resps": [[answer]],
+        "filtered_resps": [answer],
+        "parsed": metric(task.metric).normalize(answer) or None,
+        task.metric: score(task.metric, answer, row.references),
+        "category": row.category,
+        "doc_hash": text_sha256(json_line(row.doc)),
+        "prompt_hash": text_sha256(row.prompt),
+    }
+    return line if row.image_from is None else line | {"image_from": row.image_from}
+
+
+def versions() -> dict[str, str]:
+    """The date (UTC) and the versions that a run's record holds."""
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
+    packages = {"vlm_taid": "vlm-taid", "torch": "torch", "transformers": "transformers"}
+    found = {}
+    for key, package in packages.items():
+        try:
+            found[key] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[key] = "not installed"
+    return {"date": date} | found
+
+
+def _summary(samples: Sequence[Mapping[str, Any]], metric_name: str) -> dict[str, Any]:
+    total = Score.mean([sample[metric_name] for sample in samples])
+    return {
+        f"{metric_name},none": total.value,
+        f"{metric_name}_stderr,none": total.stderr,
+        "sample_len": total.count,
+        "n_unparsed": sum(sample["parsed"] is None for sample in samples),
+        "n_errors": 0,  # an error stops the run
+    }
+
+
+@dataclass
+class Results:
+    """The results file as a dictionary, and the samples of each task in the order of its rows."""
+
+    data: dict[str, Any]
+    samples: dict[str, list[dict[str, Any]]]
+
+    @staticmethod
+    def of(
+        tasks: Mapping[str, Task],
+        samples: Mapping[str, list[dict[str, Any]]],
+        originals: Mapping[str, int],
+        *,
+        model_name: str,
+        config: Mapping[str, Any],
+        chat_template: Any,
+        run: Mapping[str, Any],
+    ) -> Results:
+        """Sums samples up.
+
+        Args:
+            tasks: by name.
+            samples: each task's lines, at least one.
+            originals: how many rows each task's file has, whatever the limit.
+            model_name: the model's folder or hub name.
+            config: how it was run: batch_size, limit, ...
+            chat_template: the template's text, or several by name, or None; its hash is kept.
+            run: all that differs between equal runs.
+        """
+        results, categories = {}, {}
+        for name, task in tasks.items():
+            results[name] = {"alias": name} | _summary(samples[name], task.metric)
+            groups: dict[str, list[dict[str, Any]]] = {}
+            for sample in samples[name]:
+                if sample["category"] is not None:
+                    groups.setdefault(sample["category"], []).append(sample)
+            categories[name] = {key: _summary(groups[key], task.metric) for key in sorted(groups)}
+        data = {
+            "results": results,
+            "categories": categories,
+            "groups": {},
+            "configs": {name: task.config() for name, task in tasks.items()},
+            "versions": {name: 1 for name in tasks},
+            "n-shot": {name: 0 for name in tasks},
+            "higher_is_better": {name: {task.metric: True} for name, task in tasks.items()},
+            "n-samples": {name: {"original": originals[name], "effective": len(samples[name])} for name in tasks},
+            "config": {"model": "vlm_taid", "model_args": f"pretrained={model_name}", **config},
+            "model_name": model_name,
+            "model_name_sanitized": re.sub(r"[^\w.-]+", "__", model_name).strip("_") or "model",
+            "chat_template_sha": text_sha256(json_line(chat_template)),
+            "git_hash": None,
+            "run": dict(run),
+        }
+        return Results(data, dict(samples))
+
+    def metric(self, task: str) -> str:
+        """The name of the task's metric."""
+        return self.data["configs"][task]["metric"]
+
+    def score(self, task: str, category: str | None = None) -> Score:
+        """A task's score, or that of one of its categories; KeyError if there is none."""
+        found = self.data["results"][task] if category is None else self.data["categories"][task][category]
+        name = self.metric(task)
+        return Score(found[f"{name},none"], found[f"{name}_stderr,none"], found["sample_len"])
+
+    def label(self, task: str) -> str:
+        """The task's name, marked if only its first rows were answered."""
+        rows = self.data["n-samples"][task]
+        limited = rows["effective"] < rows["original"]
+        return f"{task} (first {rows['effective']} of {rows['original']} rows)" if limited else task
+
+    def lines(self) -> list[tuple[str, str, str, str, str]]:
+        """(task, category or "all", metric, score in percent, rows), as texts, in order."""
+        return [
+            (self.label(task), category or "all", self.metric(task), str(found), str(found.count))
+            for task in self.data["results"]
+            for category in [None, *self.data["categories"][task]]
+            for found in [self.score(task, category)]
+        ]
+
+    def table(self) -> Table:
+        """The scores in percent, to be printed with rich."""
+        table = Table("task", "category", "metric", "score, %", "rows", title=self.title())
+        for line in self.lines():
+            table.add_row(*line)
+        return table
+
+    def title(self) -> str:
+        """The model's name, and that its pictures were shuffled if they were."""
+        shuffled = self.data["config"].get("shuffle_images", False)
+        return self.data["model_name"] + (" (each question with another row's picture)" if shuffled else "")
+
+    def markdown(self) -> str:
+        """The scores in percent, as a Markdown table."""
+        head = f"# {self.title()}\n\n| task | category | metric | score, % | rows |\n|---|---|---|---:|---:|\n"
+        return head + "".join(f"| {' | '.join(line)} |\n" for line in self.lines())
+
+    def save(self, output_path: str | Path, *, log_samples: bool = True) -> Path:
+        """Writes ``results_<time>.json``, ``samples_<task>_<time>.jsonl`` and ``summary.md``.
+
+        Args:
+            output_path: a folder; the files go to a folder of the model's name inside.
+            log_samples: write the samples too.
+
+        Returns:
+            The results file.
+        """
+        folder = Path(output_path) / self.data["model_name_sanitized"]
+        folder.mkdir(parents=True, exist_ok=True)
+        stamp = self.data["run"]["date"].replace(":", "-").removesuffix("+00-00")
+        path = folder / f"results_{stamp}.json"
+        if log_samples:
+            for task, samples in self.samples.items():
+                text = "".join(json_line(sample) + "\n" for sample in samples)
+                (folder / f"samples_{task}_{stamp}.jsonl").write_text(text, encoding="utf-8")
+        (folder / "summary.md").write_text(self.markdown(), encoding="utf-8")
+        path.write_text(json.dumps(self.data, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        return path
+
+    @staticmethod
+    def load(path: str | Path) -> Results:
+        """Reads a results file, or the newest one under a folder, and the samples beside it if they are there.
+
+        Raises:
+            InputError: no results file there, or not one of ours.
+        """
+        path = Path(path)
+        if path.is_dir():
+            found = sorted(path.rglob("results_*.json"), key=lambda file: file.name)
+            if not found:
+                raise InputError(f"{path}: no results_*.json in it; run `vlm-taid eval run --output_path {path}` first")
+            path = found[-1]
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            stamp = path.stem.removeprefix("results_")
+            beside = {task: path.with_name(f"samples_{task}_{stamp}.jsonl") for task in data["results"]}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: not a results file of `vlm-taid eval run`: {error!r}") from error
+        return Results(data, {task: read_samples(file) for task, file in beside.items() if file.is_file()})
+
+
+def read_samples(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a samples file; InputError names a line that is not JSON."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    samples = []
+    for number, line in enumerate(lines, 1):
+        try:
+            samples.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(f"{path}:{number}: not a line of JSON: {error}") from error
+    return samples

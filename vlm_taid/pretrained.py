@@ -1,0 +1,127 @@
+"""Loading of models and processors, as transformers saves them: what students, teachers and evaluation share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+
+from .errors import InputError
+
+
+@dataclass
+class ModelOptions:
+    """A model in transformers' own format."""
+
+    path: str
+    """Folder or hub id of the model and its processor."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the loaded weights."""
+    attn_implementation: str | None = None
+    """Attention of transformers (sdpa, eager, flash_attention_2, ...); None: the model's default."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+
+
+def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The processor of a model, or its tokenizer where there is no processor.
+
+    Raises:
+        InputError: neither can be loaded.
+    """
+    check_folder(path)
+    try:
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if isinstance(processor, ProcessorMixin):
+            return processor
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no processor or tokenizer can be loaded: {_first_line(error)}") from error
+
+
+def load_model(options: ModelOptions) -> PreTrainedModel:
+    """The model, by AutoModelForImageTextToText where its family has one, else by AutoModelForCausalLM.
+
+    Raises:
+        InputError: the folder is missing, holds no safetensors weights (pickles are never opened), or lacks tensors.
+    """
+    check_folder(options.path)
+    check_weights(options.path)
+    settings: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(options.path, **settings)
+        is_vlm = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        if options.attn_implementation is not None:
+            settings["attn_implementation"] = options.attn_implementation
+        model, info = (AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM).from_pretrained(
+            options.path,
+            config=config,
+            dtype=getattr(torch, options.dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            **settings,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{options.path}: the model cannot be loaded: {_first_line(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(
+            f"{options.path}: the weights lack {len(missing)} tensors of the model, the first is {missing[0]}: "
+            "the folder is incomplete or its config.json belongs to another model"
+        )
+    return model
+
+
+def check_folder(path: str | Path) -> None:
+    """Refuses a path that means a folder and is none, before a hub is asked for it."""
+    text = str(path)
+    looks_local = text.startswith((".", "/", "~")) or text.count("/") > 1
+    if Path(path).is_dir():
+        if not (Path(path) / "config.json").is_file():
+            raise InputError(f"{path}: no config.json: a model folder in transformers' format was expected")
+    elif looks_local or Path(path).exists():
+        raise InputError(f"{path}: no such model folder")
+
+
+def check_weights(path: str | Path) -> None:
+    """Refuses a local folder without safetensors weights.
+
+    Raises:
+        InputError: naming what is there instead.
+    """
+    folder = Path(path)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern))
+    if pickles:
+        raise InputError(
+            f"{path}: its weights are a pickle ({pickles[0]}), which can run code when it is opened: save them as "
+            "safetensors (model.save_pretrained does) in a place where you trust the file"
+        )
+    raise InputError(f"{path}: no weights: *.safetensors was expected beside config.json")
+
+
+def vision_towers(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """The model's vision towers: the outermost submodules that are built from its vision config."""
+    config = getattr(model.config, "vision_config", None)
+    towers: list[PreTrainedModel] = []
+    for module in model.modules():
+        is_tower = isinstance(module, PreTrainedModel) and module is not model and type(module.config) is type(config)
+        if is_tower and not any(module is inner for tower in towers for inner in tower.modules()):
+            towers.append(module)
+    return towers
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

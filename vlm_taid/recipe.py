@@ -1,0 +1,204 @@
+"""Recipe: everything that makes a run, typed; read from YAML and the command line by one parser."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+
+from .data import DataOptions
+from .errors import InputError
+from .objectives import Objective, TAIDSchedule
+from .students import StudentOptions
+from .teachers import TeacherOptions
+from .trainer import DistillationArguments
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+@dataclass
+class ObjectiveOptions:
+    """What the student is held against, and TAID's schedule."""
+
+    name: Literal["taid", "fkl", "rkl", "sft"] = "taid"
+    """taid, fkl (forward KL), rkl (reverse KL), or sft (labels alone, no teacher)."""
+    t_start: float = 0.4
+    """taid: interpolation at the first step (paper: 0.4 for Phi-3, 0.2 for Llama-2 and StableLM teachers)."""
+    t_end: float = 1.0
+    """taid: interpolation at the last step."""
+    alpha: float = 5e-4
+    """taid: size of the adaptive step."""
+    beta: float = 0.99
+    """taid: momentum of the adaptive step."""
+    adaptive: bool = True
+    """taid: False moves t along the line alone."""
+    signal: Literal["ce", "kl"] = "ce"
+    """taid: what the adaptive step follows, the loss's cross-entropy form or its KL (ours)."""
+    gain: float = 1.0
+    """taid: factor on the signal's relative change (ours)."""
+    chunk: int | None = None
+    """Rows of the fused loss at a time; None: as many as 256 MiB of logits hold."""
+
+    def objective(self) -> Objective:
+        """The objective, after a check that no option of another one is set."""
+        if self.name != "taid":
+            schedule = {field.name for field in dataclasses.fields(TAIDSchedule)}
+            default = ObjectiveOptions(self.name)
+            if given := sorted(key for key in schedule if getattr(self, key) != getattr(default, key)):
+                raise InputError(f"objective.{given[0]} is an option of taid, and objective.name is {self.name}")
+        return Objective.named(self.name)
+
+    def schedule(self) -> TAIDSchedule | None:
+        if self.name != "taid":
+            return None
+        try:
+            return TAIDSchedule(**{f.name: getattr(self, f.name) for f in dataclasses.fields(TAIDSchedule)})
+        except ValueError as error:
+            raise InputError(f"objective: {error}") from error
+
+
+@dataclass
+class Recipe:
+    """A run: ``training`` holds only the keys of DistillationArguments that differ from its defaults."""
+
+    student: StudentOptions
+    data: DataOptions
+    objective: ObjectiveOptions
+    teacher: TeacherOptions | None
+    training: dict[str, Any]
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """Reads a YAML recipe.
+
+        Args:
+            path: the file.
+            overrides: as on the command line, ``["--training.max_steps", "100"]``.
+
+        Raises:
+            InputError: an unknown key (the nearest is named), a wrong type, or keys that do not go together.
+        """
+        return cls.parse(["--config", str(path), *overrides])
+
+    @classmethod
+    def parse(cls, arguments: Sequence[str]) -> Recipe:
+        """Reads the command line's ``--config FILE --section.key VALUE ...``."""
+        parser = recipe_parser()
+        arguments = ["--print_config=comments,skip_default" if a == "--print_config" else a for a in arguments]
+        try:
+            parsed = parser.parse_args(list(arguments))
+            sections = parser.instantiate_classes(parsed)
+        except Exception as error:  # jsonargparse raises its own and argparse's errors
+            raise InputError(_explained(str(error), parser, arguments)) from error
+        recipe = cls(
+            student=sections.student,
+            data=sections.data,
+            objective=sections.objective,
+            teacher=sections.teacher,
+            training=_changed(parsed.training),
+        )
+        recipe.check()
+        return recipe
+
+    def check(self) -> None:
+        """Refuses keys that do not go together.
+
+        Raises:
+            InputError: naming the keys.
+        """
+        objective = self.objective.objective()
+        if objective.uses_teacher and self.teacher is None:
+            raise InputError(f"objective.name is {objective.name}, which needs teacher.path")
+        if not self.data.train:
+            raise InputError("data.train is empty: give at least one source")
+        self.objective.schedule()
+
+    def arguments(self) -> DistillationArguments:
+        """The training section as DistillationArguments; this starts the process group."""
+        try:
+            return DistillationArguments(**self.training)
+        except (ValueError, ImportError) as error:
+            raise InputError(f"training: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as in a recipe file; an ``sft`` run needs no teacher section."""
+        sections = {"student": self.student, "teacher": self.teacher, "data": self.data, "objective": self.objective}
+        plain = {key: dataclasses.asdict(value) for key, value in sections.items() if value is not None}
+        return {**plain, "training": self.training}
+
+    def save(self, path: Path) -> None:
+        """Writes the resolved recipe as YAML, readable by ``--config``."""
+        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
+
+
+def recipe_parser() -> ArgumentParser:
+    """The parser of a recipe: every key with its sentence, unknown keys and wrong types refused."""
+    parser = ArgumentParser(
+        prog="vlm-taid distill", description="Distil a student.", exit_on_error=False, allow_abbrev=False
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML recipe; may be given several times.")
+    parser.add_class_arguments(StudentOptions, "student", help="the model that is trained")
+    parser.add_argument("--teacher", type=TeacherOptions | None, default=None, help="the model that is learned from")
+    parser.add_class_arguments(DataOptions, "data", help="what is trained on")
+    parser.add_class_arguments(ObjectiveOptions, "objective", help="what the student is held against")
+    parser.add_class_arguments(
+        DistillationArguments,
+        "training",
+        instantiate=False,
+        skip={"local_rank"},
+        help="transformers' TrainingArguments",
+    )
+    sentences = {field.name: field.metadata.get("help") for field in dataclasses.fields(DistillationArguments)}
+    for action in parser._actions:
+        name = action.dest.removeprefix("training.")
+        if action.dest.startswith("training.") and sentences.get(name):
+            action.help = str(sentences[name]).replace("%", "%%")
+    return parser
+
+
+def _changed(training: Namespace) -> dict[str, Any]:
+    """The training keys whose values are not the defaults."""
+    defaults = {}
+    for field in dataclasses.fields(DistillationArguments):
+        factory = field.default_factory
+        defaults[field.name] = field.default if factory is dataclasses.MISSING else factory()
+    given = {key: _plain(value) for key, value in vars(training).items()}
+    return {key: value for key, value in given.items() if value != _plain(defaults.get(key, dataclasses.MISSING))}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Namespace):
+        return {key: _plain(item) for key, item in vars(value).items()}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return getattr(value, "value", value)  # enums by their names
+
+
+def _explained(message: str, parser: ArgumentParser, arguments: Sequence[str]) -> str:
+    """The parser's message with the nearest known key, where a key is unknown."""
+    known = sorted({action.dest for action in parser._actions if action.dest not in ("help", "config")})
+    unknown = re.findall(r"(?:[Kk]ey|[Oo]ption|Unrecognized arguments:)\s*[\"']?(?:--)?([\w.]+)", message)
+    unknown += [a.split("=")[0].removeprefix("--") for a in arguments if a.startswith("--")]
+    for key in unknown:
+        if key not in known and key not in ("config", "print_config", "help"):
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            if near and near[0] not in message:
+                return f"{message.strip()} (nearest known key: {near[0]})"
+    return message.strip()
+
+
+def main_is_rank_zero() -> bool:
+    """Whether this process speaks for all."""
+    import os
+
+    return int(os.environ.get("RANK", "0")) == 0 and sys.stdout is not None

@@ -1,0 +1,18 @@
+"""Rows as the two models read them: token streams, the vocabulary that they share, and the positions that pair."""
+
+from .alignment import Alignment, align
+from .collator import PairedBatch, PairedCollator
+from .encoder import Answer, Stream, StreamEncoder, same_processing
+from .vocabulary import SharedVocabulary
+
+__all__ = [
+    "Alignment",
+    "Answer",
+    "PairedBatch",
+    "PairedCollator",
+    "SharedVocabulary",
+    "Stream",
+    "StreamEncoder",
+    "align",
+    "same_processing",
+]

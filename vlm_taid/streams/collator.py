@@ -1,0 +1,138 @@
+"""PairedCollator: conversations become a PairedBatch, in the DataLoader's workers.
+
+Legend: B rows, T positions, N paired answer tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..data import Conversation, DataOptions
+from ..errors import BadRow
+from .alignment import Alignment, align
+from .encoder import Stream, StreamEncoder
+from .vocabulary import SharedVocabulary
+
+
+class PairedBatch(dict):
+    """A batch for both models: a dict that moves between devices with its sharing intact.
+
+    Keys:
+        student, teacher: padded model inputs (``input_ids`` [B, T], ...); the same object when the two models read
+            the same tensors; ``teacher`` is None without one.
+        student_rows_N, teacher_rows_N: predicting positions as indices into [B * T].
+        labels_N: the student's ids of the next tokens.
+        row_of_N: each answer token's row, as its place in what the collator was given.
+        num_rows: rows that the collator was given.
+        refused: messages of the rows left out.
+    """
+
+    def to(self, device: Any, non_blocking: bool = False) -> PairedBatch:
+        moved: dict[int, Any] = {}
+
+        def move(value: Any) -> Any:
+            if id(value) not in moved:
+                if isinstance(value, torch.Tensor):
+                    moved[id(value)] = value.to(device, non_blocking=non_blocking)
+                elif isinstance(value, dict):
+                    moved[id(value)] = {key: move(item) for key, item in value.items()}
+                else:
+                    moved[id(value)] = value
+            return moved[id(value)]
+
+        return PairedBatch({key: move(value) for key, value in self.items()})
+
+
+class PairedCollator:
+    """Encodes rows for both models and pairs their answers.
+
+    Where a model takes pictures and no row of a batch has one, a filler row with a picture and without answers is
+    added: every rank must enter the same modules. A batch with no row left holds the filler alone.
+
+    Args:
+        student, teacher: the encoders; the same object when one encoding serves both; teacher None for ``sft``.
+        vocabulary: their shared vocabulary; None when there is no second stream.
+        options: DataOptions; ``on_bad_row`` and ``min_paired_share`` are used.
+    """
+
+    def __init__(
+        self,
+        student: StreamEncoder,
+        teacher: StreamEncoder | None = None,
+        vocabulary: SharedVocabulary | None = None,
+        options: DataOptions | None = None,
+    ):
+        self.student, self.teacher, self.vocabulary = student, teacher, vocabulary
+        self.options = options or DataOptions(train=[])
+        self.shared = teacher is None or teacher is student
+        self.takes_images = student.takes_images or (teacher is not None and teacher.takes_images)
+
+    def __call__(self, conversations: Sequence[Conversation | BadRow]) -> PairedBatch:
+        """Raises:
+        BadRow: a row cannot be used and ``on_bad_row`` is ``error``.
+        """
+        refused = [row for row in conversations if isinstance(row, BadRow)]
+        places = [place for place, row in enumerate(conversations) if isinstance(row, Conversation)]
+        while True:
+            rows = [conversations[place] for place in places]
+            fill = not rows or (self.takes_images and not any(row.images for row in rows))
+            student = self.student.encode_batch([*rows, self.student.filler] if fill else rows)
+            teacher = student
+            if self.teacher is not None and not self.shared and not student.refused:
+                teacher = self.teacher.encode_batch([*rows, self.teacher.filler] if fill else rows)
+            bad = {**student.refused, **teacher.refused}
+            if len(rows) in bad:
+                raise bad[len(rows)]
+            pairs: list[Alignment] = []
+            if not bad:
+                for index in range(len(rows)):
+                    try:
+                        pairs.append(self._pair(student.streams[index], teacher.streams[index]))
+                    except BadRow as error:
+                        bad[index] = error
+            if bad and self.options.on_bad_row == "error":
+                raise next(iter(bad.values()))
+            if not bad:
+                break
+            refused += bad.values()
+            places = [place for index, place in enumerate(places) if index not in bad]
+        row_of = [place for place, pair in zip(places, pairs, strict=True) for _ in pair.target_ids_N]
+        return PairedBatch(
+            **self._batch(student.inputs, teacher.inputs, pairs),
+            row_of_N=torch.tensor(row_of, dtype=torch.long),
+            num_rows=len(conversations),
+            refused=[str(row) for row in refused],
+        )
+
+    def _pair(self, student: Stream, teacher: Stream) -> Alignment:
+        if self.shared:
+            positions = [
+                i - 1
+                for answer in student.answers
+                for i in [*answer.tokens, *([] if answer.end_of_turn is None else [answer.end_of_turn])]
+                if i > 0
+            ]
+            if not positions:
+                raise BadRow(student.row, "the row has no answer token: it has no assistant turn, or an empty one")
+            return Alignment(positions, positions, student.input_ids_T[1:][positions].tolist(), 1.0, 0, 1.0)
+        assert self.vocabulary is not None
+        return align(student, teacher, self.vocabulary, min_paired_share=self.options.min_paired_share)
+
+    def _batch(self, student: dict, teacher: dict, pairs: list[Alignment]) -> dict[str, Any]:
+        def flat(positions: list[list[int]], inputs: dict) -> torch.Tensor:
+            length = inputs["input_ids"].shape[1]
+            return torch.tensor([b * length + i for b, row in enumerate(positions) for i in row], dtype=torch.long)
+
+        student_rows_N = flat([pair.student_positions_N for pair in pairs], student)
+        return {
+            "student": student,
+            "teacher": None if self.teacher is None else teacher,
+            "student_rows_N": student_rows_N,
+            "teacher_rows_N": student_rows_N
+            if self.shared
+            else flat([pair.teacher_positions_N for pair in pairs], teacher),
+            "labels_N": torch.tensor([i for pair in pairs for i in pair.target_ids_N], dtype=torch.long),
+        }

@@ -1,0 +1,5 @@
+"""Where the teacher's signal comes from."""
+
+from .live import LiveTeacher, TeacherOptions
+
+__all__ = ["LiveTeacher", "TeacherOptions"]

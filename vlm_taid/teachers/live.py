@@ -1,0 +1,123 @@
+"""A live teacher: frozen, in eval mode, in its own precision and under its own ZeRO stage.
+
+Legend: N paired positions, G teacher width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers.integrations import deepspeed as hf_deepspeed
+
+from ..objectives import Head, HiddenSignal, redirected
+from ..pretrained import ModelOptions, load_model
+
+DROPPED = ("optimizer", "scheduler", "gradient_clipping", "gradient_accumulation_steps", "train_batch_size")
+
+
+@dataclass
+class TeacherOptions(ModelOptions):
+    """The teacher: a model that is only read."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Precision of the teacher's weights."""
+    zero_stage: Literal[0, 3] = 0
+    """Under DeepSpeed: 0 keeps a whole teacher on every rank, 3 shards it over the ranks."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Further DeepSpeed settings of a sharded teacher; optimizer, scheduler and optimizer offload are removed."""
+
+
+class LiveTeacher:
+    """Runs the teacher beside the student.
+
+    Args:
+        options: TeacherOptions.
+        device: where a teacher that is not sharded lives.
+
+    Load it after the student: from_pretrained must not see the student's DeepSpeed config.
+    """
+
+    def __init__(self, options: TeacherOptions, device: torch.device):
+        self.options = options
+        with _loading(options.zero_stage):
+            self.model = load_model(options).requires_grad_(False).eval()
+        self.wrapper: Any = self.model.to(device) if options.zero_stage == 0 else self._sharded()
+        with torch.no_grad():
+            self.head = redirected(self.wrapper, self.model, lambda: Head.of(self.model))
+
+    def _sharded(self) -> Any:
+        import deepspeed
+
+        engine = deepspeed.initialize(model=self.model, config=teacher_config(self.options))[0]
+        engine.eval()
+        return engine
+
+    @torch.no_grad()
+    def signal(self, inputs: dict[str, Any], rows_N: Tensor, columns: Tensor | slice | None = None) -> HiddenSignal:
+        """Hidden states at the rows of the flattened batch, and the head cut to the shared vocabulary's columns.
+
+        Inside ``gathered()`` only, the head's weight is there.
+        """
+        hidden_NG = redirected(self.wrapper, self.model, lambda: hidden_at(self.model, inputs, rows_N))
+        head = Head(self.head.weight, self.head.bias, self.head.scale, self.head.softcap, columns)
+        return HiddenSignal(hidden_NG, head)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Holds the whole head on every rank while a loss is made; every rank must enter."""
+        if self.options.zero_stage == 0:
+            yield
+            return
+        import deepspeed
+
+        parameters = [p for p in (self.head.weight, self.head.bias) if p is not None]
+        with deepspeed.zero.GatheredParameters(parameters):
+            yield
+
+
+def hidden_at(model: Any, inputs: dict[str, Any], rows_N: Tensor) -> Tensor:
+    """Last hidden states [N, width] of a model's backbone at rows of the flattened [B * T] batch."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    inputs = {
+        key: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for key, value in inputs.items()
+    }
+    hidden_BTG = model.base_model(**inputs, use_cache=False).last_hidden_state
+    return hidden_BTG.flatten(0, 1)[rows_N]
+
+
+def teacher_config(options: TeacherOptions) -> dict[str, Any]:
+    """The DeepSpeed config of a sharded teacher: no optimizer, no scheduler, no optimizer offload."""
+    config = {key: value for key, value in copy.deepcopy(options.deepspeed).items() if key not in DROPPED}
+    zero = {k: v for k, v in config.get("zero_optimization", {}).items() if k != "offload_optimizer"}
+    config["zero_optimization"] = {**zero, "stage": options.zero_stage}
+    config["train_micro_batch_size_per_gpu"] = 1
+    for key, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        config[key] = {"enabled": options.dtype == dtype}
+    return config
+
+
+@contextmanager
+def _loading(stage: int) -> Iterator[None]:
+    """What from_pretrained sees while the teacher loads: its own stage, not the student's."""
+    reference = hf_deepspeed._hf_deepspeed_config_weak_ref
+    student = reference() if reference is not None else None
+    kept = None
+    if stage == 3:  # the global is a weak reference: keep the object alive
+        kept = hf_deepspeed.HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    else:
+        hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        del kept
+        if student is not None:
+            hf_deepspeed.set_hf_deepspeed_config(student)
+        else:
+            hf_deepspeed.unset_hf_deepspeed_config()

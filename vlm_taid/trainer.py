@@ -1,0 +1,311 @@
+"""DistillationTrainer: transformers' Trainer with a teacher, paired streams, and one fused loss where the heads meet.
+
+Legend: B rows, N answer tokens, H student width, C shared vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+
+from .checkpoints import PARTIAL, publish
+from .objectives import FKL, Head, LinearDistillationOutput, Objective, TAIDSchedule, linear_distillation, redirected
+from .pretrained import vision_towers
+from .streams import PairedBatch, PairedCollator
+from .teachers import LiveTeacher
+from .teachers.live import hidden_at
+
+STATE = "DistillationState"  # the trainer's own place in TrainerState.stateful_callbacks
+
+
+@dataclass
+class DistillationArguments(TrainingArguments):
+    """TrainingArguments, key for key, with the defaults of a distillation run."""
+
+    output_dir: str = field(default="runs/distill", metadata={"help": "The run's folder: model, logs, checkpoints."})
+    resume: str = field(
+        default="auto",
+        metadata={
+            "help": "auto: go on from the newest whole checkpoint in output_dir; never: start anew; or a folder."
+        },
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Rows are conversations: keep False."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are not finite."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+
+
+class DistillationTrainer(Trainer):
+    """Trains a student against a teacher, or on labels alone (objective ``sft``).
+
+    The loss is the sum over the answer tokens of an optimizer step divided by their number over all micro-batches and
+    ranks, so that accumulation, batch shape and ranks do not change it. TAID's t moves once an optimizer step, by the
+    token mean of its signal, and is equal on all ranks.
+
+    Args:
+        model: the student, a transformers model.
+        args: DistillationArguments.
+        objective: what the student is held against.
+        collator: makes PairedBatches.
+        teacher: a LiveTeacher; None for ``sft``.
+        schedule: TAID's schedule; None for other objectives.
+        tower_training: vision towers in train mode (dropout, BatchNorm statistics); else they stay in eval mode.
+        chunk: rows of the fused loss at a time; None: by memory.
+        trainer_options: further arguments of Trainer (datasets, callbacks, processing_class, ...).
+    """
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole optimizer step
+
+    def __init__(
+        self,
+        model: Any,
+        args: DistillationArguments,
+        *,
+        objective: Objective,
+        collator: PairedCollator,
+        teacher: LiveTeacher | None = None,
+        schedule: TAIDSchedule | None = None,
+        tower_training: bool = False,
+        chunk: int | None = None,
+        **trainer_options: Any,
+    ):
+        super().__init__(model, args, data_collator=collator, **trainer_options)
+        self.objective, self.teacher, self.schedule, self.chunk = objective, teacher, schedule, chunk
+        self.shared = collator.shared
+        vocabulary = collator.vocabulary
+        self.student_columns = None if vocabulary is None else vocabulary.student_columns_C.to(args.device)
+        self.teacher_columns = None if vocabulary is None else vocabulary.teacher_columns_C.to(args.device)
+        self.quiet_towers = [] if tower_training else vision_towers(model)
+        self.head: Head | None = None  # proven at the first forward, inside the wrapper
+        self.refused: Counter[str] = Counter()  # messages of this rank's refused rows
+        self.refused_rows = 0  # over all ranks
+        self.stop_requested = self.stopped = False
+        self._step_sums = torch.zeros(2, dtype=torch.float64)
+        self._step_tokens = 0.0
+        self._window = {"kl": 0.0, "tokens": 0.0, "since": time.perf_counter()}
+        self._saving = False
+        self.add_callback(_EndOfStep(self))
+
+    # -- the loss ------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        """The micro-batches of one optimizer step, and its answer tokens over all ranks (at least 1)."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        tokens = sum(len(batch["labels_N"]) for batch in batches)
+        for batch in batches:
+            self.refused.update(batch["refused"])
+        refused = sum(len(batch["refused"]) for batch in batches)
+        counts = torch.tensor([tokens, refused, self.stop_requested], dtype=torch.float64, device=device)
+        tokens, refused, stop = self.accelerator.reduce(counts, "sum").tolist()  # one collective carries SIGTERM too
+        self.stopped = stop > 0
+        self.refused_rows += int(refused)
+        self._step_tokens = tokens
+        return batches, max(tokens, 1.0)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The share of this micro-batch and rank in the loss of the optimizer step."""
+        for tower in self.quiet_towers:
+            tower.eval()
+        output = self._objective(model, inputs, self.objective, self.schedule.t if self.schedule else None)
+        self._step_sums += torch.stack([output.ce_N, output.kl_N]).double().sum(-1).detach().cpu()
+        return output.loss_N.sum() / num_items_in_batch * self.accelerator.num_processes
+
+    def _objective(self, model, batch: PairedBatch, objective: Objective, t: float | None) -> LinearDistillationOutput:
+        student = self._core(self.accelerator.unwrap_model(model))
+        target, gathered = None, nullcontext()
+        if self.teacher is not None and objective.uses_teacher:
+            inputs = batch["student"] if self.shared else batch["teacher"]
+            target = self.teacher.signal(inputs, batch["teacher_rows_N"], self.teacher_columns)
+            gathered = self.teacher.gathered()
+
+        def at_the_head(hidden_NH: Tensor) -> LinearDistillationOutput:
+            assert self.head is not None
+            return linear_distillation(
+                hidden_NH, self.head, target, objective, t=t, labels_N=batch["labels_N"], chunk=self.chunk
+            )
+
+        def forward() -> LinearDistillationOutput:
+            if self.head is None:
+                self.head = Head.of(student, self.student_columns)
+            hidden_NH = hidden_at(student, batch["student"], batch["student_rows_N"])
+            output = student.get_output_embeddings()
+            return redirected(output, output, at_the_head, hidden_NH)
+
+        with self.accelerator.autocast(), gathered:
+            return redirected(model, self.accelerator.unwrap_model(model), forward)
+
+    def _core(self, model: Any) -> Any:
+        return model.base_model.model if hasattr(model, "peft_config") else model
+
+    def _prepare_inputs(self, inputs: PairedBatch) -> PairedBatch:
+        return inputs.to(self.args.device)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return super().floating_point_ops(inputs["student"])
+
+    # -- the end of an optimizer step ----------------------------------------------------------------------------
+
+    def end_of_step(self) -> None:
+        """Moves t and counts, after the optimizer step of ``state.global_step - 1``."""
+        sums = self.accelerator.reduce(self._step_sums.to(self.args.device), "sum").cpu()
+        self._step_sums = torch.zeros(2, dtype=torch.float64)
+        ce, kl = sums.tolist()
+        self._window["kl"] += kl
+        self._window["tokens"] += self._step_tokens
+        if self.schedule is not None:
+            value = ce if self.schedule.signal == "ce" else kl
+            mean = value / self._step_tokens if self._step_tokens else float("nan")
+            self.schedule.update(mean, self.state.global_step - 1, self.state.max_steps)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds t, KL and throughput to the training logs, and writes every log to metrics.jsonl."""
+        if "loss" in logs:
+            window, now = self._window, time.perf_counter()
+            tokens = window["tokens"]
+            if self.teacher is not None:
+                logs["kl"] = window["kl"] / max(tokens, 1.0)
+            if self.schedule is not None:
+                logs["t"] = self.schedule.t
+                logs["t_closed_form"] = self.schedule.closed_form(self.state.global_step - 1, self.state.max_steps)
+                logs["delta_t"] = self.schedule.delta_t
+                logs["momentum"] = self.schedule.momentum
+                logs["skipped_updates"] = self.schedule.skipped_updates
+            logs["answer_tokens"] = tokens
+            logs["answer_tokens_per_second"] = tokens / max(now - window["since"], 1e-9)
+            if self.refused_rows:
+                logs["refused_rows"] = self.refused_rows
+            self._window = {"kl": 0.0, "tokens": 0.0, "since": now}
+        super().log(logs, start_time)
+        if self.is_world_process_zero():
+            with open(self.metrics_file, "a") as file:
+                file.write(json.dumps(self.state.log_history[-1]) + "\n")
+
+    @property
+    def metrics_file(self) -> Path:
+        return Path(self.args.output_dir) / "metrics.jsonl"
+
+    # -- evaluation ----------------------------------------------------------------------------------------------
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        """Token means over the held-out rows, each row counted once, whatever the ranks and the batch size.
+
+        A distillation objective that interpolates is evaluated at its end, the forward KL to the teacher, so that
+        values of different steps compare.
+        """
+        model = self.model_wrapped
+        model.eval()
+        objective = FKL() if self.schedule is not None else self.objective
+        sums_B3 = []
+        for batch in dataloader:
+            with torch.no_grad():
+                batch = self._prepare_inputs(batch)
+                output = self._objective(model, batch, objective, None)
+            rows_B3 = torch.zeros(batch["num_rows"], 3, dtype=torch.float64, device=self.args.device)
+            values_N3 = torch.stack([output.loss_N, output.ce_N, torch.ones_like(output.loss_N)], -1).double()
+            rows_B3.index_add_(0, batch["row_of_N"], values_N3)
+            sums_B3.append(self.accelerator.gather_for_metrics(rows_B3).cpu())
+        loss, ce, tokens = torch.cat(sums_B3).sum(0).tolist()
+        metrics = {
+            f"{metric_key_prefix}_loss": loss / max(tokens, 1.0),
+            f"{metric_key_prefix}_cross_entropy": ce / max(tokens, 1.0),
+            f"{metric_key_prefix}_answer_tokens": tokens,
+        }
+        self._window["since"] = time.perf_counter()
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(torch.cat(sums_B3)))  # pyright: ignore[reportArgumentType]
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def _init_training_state(self, *args: Any, **kwargs: Any):
+        found = super()._init_training_state(*args, **kwargs)
+        saved = (self.state.stateful_callbacks or {}).get(STATE)
+        if saved is not None:
+            attributes = saved["attributes"]
+            self.refused = Counter(attributes["refused"] if self.is_world_process_zero() else {})
+            self.refused_rows = sum(attributes["refused"].values())
+            if self.schedule is not None:
+                self.schedule.load_state_dict(attributes["schedule"])
+        if self.is_world_process_zero():
+            _keep_until(self.metrics_file, self.state.global_step)
+        self._window["since"] = time.perf_counter()
+        return found
+
+    def all_refused(self) -> Counter[str]:
+        """Messages of the refused rows of all ranks, with their counts; every rank must call."""
+        return sum((Counter(dict(items)) for items in gather_object([list(self.refused.items())])), Counter())
+
+    def _get_output_dir(self, trial: Any) -> str:
+        run = super()._get_output_dir(trial)
+        return os.path.join(run, PARTIAL) if self._saving else run
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Writes the checkpoint beside and renames it when it is whole."""
+        run = Path(super()._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        schedule = None if self.schedule is None else self.schedule.state_dict()
+        self.state.stateful_callbacks[STATE] = {
+            "args": {},
+            "attributes": {"schedule": schedule, "refused": dict(self.all_refused())},
+        }
+        if self.args.should_save:
+            shutil.rmtree(run / PARTIAL, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit, self._saving = self.args.save_total_limit, None, True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit, self._saving = limit, False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            partial = run / PARTIAL / name
+            best = self.state.best_model_checkpoint
+            if best is not None and PARTIAL in Path(best).parts:
+                self.state.best_model_checkpoint = str(run / Path(best).name)
+                self.state.save_to_json(str(partial / "trainer_state.json"))
+            publish(partial, run / name, self.accelerator.num_processes)
+            rotate_checkpoints(
+                output_dir=str(run),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=False,
+            )
+        self.accelerator.wait_for_everyone()
+
+    # -- signals -------------------------------------------------------------------------------------------------
+
+    def stop_on_sigterm(self) -> None:
+        """From now on SIGTERM ends training after the step in hand, with a checkpoint."""
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop_requested", True))
+
+
+class _EndOfStep(TrainerCallback):
+    def __init__(self, trainer: DistillationTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.end_of_step()
+        if self.trainer.stopped:
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+def _keep_until(metrics: Path, step: int) -> None:
+    """Drops the log lines of steps that a resumed run makes again."""
+    if metrics.is_file():
+        lines = [line for line in metrics.read_text().splitlines() if json.loads(line).get("step", 0) <= step]
+        metrics.write_text("".join(line + "\n" for line in lines) if step else "")
