@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from transformers import set_seed
 
@@ -38,7 +36,6 @@ def distill(recipe: Recipe) -> Path:
     Raises:
         InputError: something in the recipe, the models or the data cannot be used.
     """
-    plain_gloo_without_compiler()
     arguments = recipe.arguments()
     output = Path(arguments.output_dir)
     checkpoint = _checkpoint(arguments, recipe, output)
@@ -113,18 +110,6 @@ def build_trainer(recipe: Recipe, arguments: DistillationArguments) -> Distillat
             f"{len(vocabulary):,} shared tokens (heads of {_rows(student):,} and {_rows(teacher.model):,} rows)"
         )
     return trainer
-
-
-def plain_gloo_without_compiler() -> None:
-    """On a machine without an accelerator, keeps DeepSpeed from compiling its shared-memory extension.
-
-    The extension needs a C++ compiler and over half a minute of building; gloo does the same work.
-    """
-    if torch.cuda.is_available() or "LOCAL_RANK" not in os.environ:
-        return
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _rows(model: Any) -> int:

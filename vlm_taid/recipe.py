@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import deepspeed
+import torch
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
@@ -122,11 +124,28 @@ class Recipe:
         self.objective.schedule()
 
     def arguments(self) -> DistillationArguments:
-        """The training section as DistillationArguments; this starts the process group."""
+        """The training section as DistillationArguments; under a launcher this starts the process group.
+
+        Raises:
+            InputError: transformers refuses a value, or a DeepSpeed run has no launcher.
+        """
+        wants_deepspeed = bool(self.training.get("deepspeed"))
+        if wants_deepspeed and "LOCAL_RANK" not in os.environ:
+            raise InputError(
+                "training.deepspeed is set and there is no launcher: run deepspeed --num_gpus N --module vlm_taid "
+                "distill --config ..., or set --training.deepspeed null for one process without DeepSpeed"
+            )
+        on_cpu = {} if torch.accelerator.is_available() else {"use_cpu": True}  # else accelerate finds no back end
+        if on_cpu and wants_deepspeed:
+            # its shared-memory extension needs a C++ compiler and over half a minute; gloo does the same work
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         try:
-            return DistillationArguments(**self.training)
+            arguments = DistillationArguments(**{**self.training, **on_cpu})
         except (ValueError, ImportError) as error:
             raise InputError(f"training: {error}") from error
+        if wants_deepspeed and not deepspeed.comm.is_initialized():  # from_pretrained shards under ZeRO-3
+            deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+        return arguments
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in a recipe file; an ``sft`` run needs no teacher section."""
@@ -195,10 +214,3 @@ def _explained(message: str, parser: ArgumentParser, arguments: Sequence[str]) -
             if near and near[0] not in message:
                 return f"{message.strip()} (nearest known key: {near[0]})"
     return message.strip()
-
-
-def main_is_rank_zero() -> bool:
-    """Whether this process speaks for all."""
-    import os
-
-    return int(os.environ.get("RANK", "0")) == 0 and sys.stdout is not None

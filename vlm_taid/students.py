@@ -126,7 +126,7 @@ def assemble(
         raise InputError(f"the tokenizer has no {IMAGE} token; add it as a special token first")
     try:
         fresh_tower = timm.create_model(tower, pretrained=False, num_classes=0, **arguments)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise InputError(f"timm cannot make the vision tower {tower!r} with {arguments}: {error}") from error
     channels, stride = _feature_map(fresh_tower, tower, image_size)
 

@@ -132,13 +132,15 @@ class DistillationTrainer(Trainer):
             target = self.teacher.signal(inputs, batch["teacher_rows_N"], self.teacher_columns)
             gathered = self.teacher.gathered()
 
-        def at_the_head(hidden_NH: Tensor) -> LinearDistillationOutput:
+        # plain tuples of tensors leave the wrappers: their backward hooks see nothing else
+        def at_the_head(hidden_NH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             assert self.head is not None
-            return linear_distillation(
+            output = linear_distillation(
                 hidden_NH, self.head, target, objective, t=t, labels_N=batch["labels_N"], chunk=self.chunk
             )
+            return output.loss_N, output.kl_N, output.ce_N
 
-        def forward() -> LinearDistillationOutput:
+        def forward() -> tuple[Tensor, Tensor, Tensor]:
             if self.head is None:
                 self.head = Head.of(student, self.student_columns)
             hidden_NH = hidden_at(student, batch["student"], batch["student_rows_N"])
@@ -146,7 +148,7 @@ class DistillationTrainer(Trainer):
             return redirected(output, output, at_the_head, hidden_NH)
 
         with self.accelerator.autocast(), gathered:
-            return redirected(model, self.accelerator.unwrap_model(model), forward)
+            return LinearDistillationOutput(*redirected(model, self.accelerator.unwrap_model(model), forward))
 
     def _core(self, model: Any) -> Any:
         return model.base_model.model if hasattr(model, "peft_config") else model

@@ -209,8 +209,8 @@ def test_command_and_two_ranks(model_folder, questions, tmp_path):
         f"run_command({str(model_folder)!r}, {{'colors': {str(questions)!r}}}, metric='exact_match', batch_size=3,"
         f" num_workers=0, output_path={str(tmp_path / 'two')!r})\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", str(script)]
-    ran = subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    ran = subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
     two = Results.load(tmp_path / "two")
     assert two.samples == results.samples

@@ -12,6 +12,7 @@ import csv
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -30,8 +31,6 @@ from vlm_taid.errors import BadRow, InputError
 
 _FILE_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# A file's rows need not have the same keys: a column is looked for in so many rows before it is said to be missing.
-_PROBED_ROWS = 1000
 
 
 @dataclass
@@ -139,19 +138,19 @@ class _Source:
         self.options = options
         path = Path(options.path).expanduser()
         self.columns: dict[str, str] = {}
-        self.label = f"{options.path}[{options.split}]"
-        self.folder = path
-        if path.is_dir() and not _is_saved(path) and (metadata := _metadata_file(path, options.split)):
-            self.columns = {"image": "file_name", "images": "file_names"}
-            path = metadata
+        self.label, self.folder = f"{options.path}[{options.split}]", path
         if path.is_file():
             if options.split != "train" or options.name:
                 raise InputError(f"{path} is one file: it has no split or configuration to choose, leave both out")
-            self.label, self.folder = str(path), path.parent
         elif not path.is_dir():
             _check_hub_id(options.path)
             self.label = f"{options.path}/{options.name}[{options.split}]" if options.name else self.label
             self.folder = Path(HF_HUB_CACHE)
+        elif not _is_saved(path) and (metadata := _metadata_file(path, options.split)):
+            self.columns = {"image": "file_name", "images": "file_names"}
+            path = metadata
+        if path.is_file():
+            self.label, self.folder = str(path), path.parent
         if options.image_root is not None:
             self.folder = Path(options.image_root).expanduser()
             if not self.folder.is_dir():
@@ -160,9 +159,9 @@ class _Source:
         try:
             self.table = _load(path, options)
         except Exception as error:
-            cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
+            cause = error.__cause__ or error if isinstance(error, DatasetGenerationError) else error
             where = "" if path.exists() else " It is no file or folder here, so it was looked for on the hub."
-            raise InputError(f"{self.label} cannot be loaded: {cause}.{where}") from error
+            raise InputError(f"{self.label} cannot be loaded: {str(cause).rstrip('.')}.{where}") from error
 
         self.class_labels = {}
         for column, feature in {} if self.is_json else self.table.features.items():
@@ -232,7 +231,7 @@ class _Source:
         try:
             if column in self.class_labels:
                 wanted = [self.class_labels[column].str2int(str(value)) for value in wanted]
-            elif pa.types.is_string(values.type):
+            elif pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
                 wanted = [value if value is None else str(value) for value in wanted]
             return pc.is_in(values, value_set=pa.array(wanted, type=values.type)).to_numpy()  # pyright: ignore
         except (pa.ArrowException, TypeError, ValueError) as error:
@@ -242,13 +241,13 @@ class _Source:
             ) from None
 
     def _check_column(self, column: str, option: str) -> None:
-        if self.is_json:
-            names: dict[str, None] = {}
-            for row in range(min(len(self.table), _PROBED_ROWS)):
-                try:
-                    names |= dict.fromkeys(self._raw(row))
-                except BadRow:
-                    continue
+        names: dict[str, None] = {}
+        if self.is_json:  # rows need not have the same keys
+            for row, text in enumerate(_arrow(self.table, "text")):
+                with suppress(BadRow):
+                    names |= dict.fromkeys(self._parsed(row, text.as_py()))
+                if column in names:
+                    return
         else:
             names = dict.fromkeys(self.table.column_names)
         if column not in names:
@@ -284,8 +283,9 @@ def _is_saved(folder: Path) -> bool:
 
 
 def _metadata_file(folder: Path, split: str) -> Path | None:
-    """The file that describes a folder of pictures; a split may have a folder of its own."""
-    candidates = [root / f"metadata{kind}" for root in (folder / split, folder) for kind in _FILE_KINDS]
+    """The file that describes a folder of pictures, or the split's folder in it."""
+    roots = (folder / split, folder) if split == "train" else (folder / split,)
+    candidates = [root / f"metadata{kind}" for root in roots for kind in _FILE_KINDS]
     return next((file for file in candidates if file.is_file()), None)
 
 
