@@ -40,7 +40,7 @@ def text_sizes(vocab_size: int, width: int = 32, layers: int = 2, **more) -> dic
     return {
         "vocab_size": vocab_size, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": False,
-        "initializer_range": 0.1, **more,
+        "initializer_range": 0.3, **more,
     }  # fmt: skip
 
 
@@ -56,7 +56,12 @@ def llava(folder: Path, *, seed=0, width=32, layers=2, pad=0, image=32, tie=Fals
     tok = tokenizer()
     text = LlamaConfig(**text_sizes(len(tok) + pad, width, layers) | {"tie_word_embeddings": tie})
     vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=image, patch_size=16
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=image,
+        patch_size=16,
     )
     image_id = tok.convert_tokens_to_ids("<image>")
     model = LlavaForConditionalGeneration(
@@ -77,7 +82,13 @@ def qwen2_5_vl(folder: Path, *, seed=0, width=32, layers=2) -> str:
     pads = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
     tok.add_special_tokens({"additional_special_tokens": pads})
     ids = dict(zip(pads, tok.convert_tokens_to_ids(pads), strict=True))
-    text = text_sizes(len(tok), width, layers, rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4})
+    half = width // 8  # of a head: its pairs are shared out between time, height and width
+    rope = {
+        "rope_type": "default",
+        "mrope_section": [half - half // 2, half // 4, half // 2 - half // 4],
+        "rope_theta": 1e4,
+    }
+    text = text_sizes(len(tok), width, layers, rope_parameters=rope)
     config = Qwen2_5_VLConfig(
         text_config=text,
         vision_config={"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": width,
@@ -87,7 +98,10 @@ def qwen2_5_vl(folder: Path, *, seed=0, width=32, layers=2) -> str:
     )  # fmt: skip
     template = CHAT_TEMPLATE.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
     processor = Qwen2_5_VLProcessor(
-        Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=56 * 56), tok, Qwen2VLVideoProcessor(), chat_template=template
+        Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=56 * 56),
+        tok,
+        Qwen2VLVideoProcessor(),
+        chat_template=template,
     )
     return save(folder, Qwen2_5_VLForConditionalGeneration(config), processor)
 
@@ -97,7 +111,10 @@ def fast_vlm(folder: Path, *, seed=0, width=32, layers=2, tower_args=None) -> st
     torch.manual_seed(seed)
     tok = tokenizer()
     tower_args = tower_args or {"channels": [8, 8, 16, 16], "stem_width": 8, "norm_layer": "groupnorm1"}
-    return save(folder, *assemble("resnet10t", Qwen2Config(**text_sizes(len(tok), width, layers)), tok, 64, tower_args=tower_args))
+    return save(
+        folder,
+        *assemble("resnet10t", Qwen2Config(**text_sizes(len(tok), width, layers)), tok, 64, tower_args=tower_args),
+    )
 
 
 def llama(folder: Path, *, seed=0, width=32, layers=2, pad=0, **more) -> str:

@@ -15,6 +15,7 @@ import deepspeed
 import torch
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse._loaders_dumpers import get_yaml_default_loader
 
 from .data import DataOptions
 from .errors import InputError
@@ -24,6 +25,9 @@ from .teachers import TeacherOptions
 from .trainer import DistillationArguments
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
+for _letter in "yYnNoO":  # in a recipe, "save_strategy: no" is a word, as in YAML 1.2, and not False
+    _resolvers = get_yaml_default_loader().yaml_implicit_resolvers
+    _resolvers[_letter] = [item for item in _resolvers.get(_letter, []) if item[0] != "tag:yaml.org,2002:bool"]
 
 
 @dataclass
@@ -205,12 +209,14 @@ def _plain(value: Any) -> Any:
 
 def _explained(message: str, parser: ArgumentParser, arguments: Sequence[str]) -> str:
     """The parser's message with the nearest known key, where a key is unknown."""
-    known = sorted({action.dest for action in parser._actions if action.dest not in ("help", "config")})
-    unknown = re.findall(r"(?:[Kk]ey|[Oo]ption|Unrecognized arguments:)\s*[\"']?(?:--)?([\w.]+)", message)
-    unknown += [a.split("=")[0].removeprefix("--") for a in arguments if a.startswith("--")]
+    message = message.strip()
+    known = sorted(action.dest for action in parser._actions if "." in action.dest)
+    group = re.search(r"Group '([\w.]+)'", message)
+    prefix = f"{group[1]}." if group else ""
+    unknown = [prefix + key for key in re.findall(r"option '([\w.]+)'", message)]
+    unknown += [argument.split("=")[0].removeprefix("--") for argument in arguments if argument.startswith("--")]
     for key in unknown:
-        if key not in known and key not in ("config", "print_config", "help"):
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            if near and near[0] not in message:
-                return f"{message.strip()} (nearest known key: {near[0]})"
-    return message.strip()
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        if "." in key and key not in known and near and near[0] not in message:
+            return f"{message} (nearest known key: {near[0]})"
+    return message

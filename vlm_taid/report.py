@@ -35,7 +35,7 @@ CSS = """
 body { margin: 0 auto; max-width: 1180px; padding: 1.5rem; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-p { margin: .25rem 0 .75rem; max-width: 75ch; color: var(--soft); }
+p { margin: .25rem 0 .75rem; color: var(--soft); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
@@ -111,7 +111,7 @@ class Run:
         return str(objective.get("name", "")) if isinstance(objective, dict) else str(objective or "")
 
 
-def _smooth(values: Sequence[float], share: float = 0.03) -> list[float]:
+def _smooth(values: Sequence[float], share: float = 0.05) -> list[float]:
     """A running mean over about this share of the curve, centred, shorter at the ends."""
     half = int(len(values) * share / 2)
     windows = [values[max(0, index - half) : index + half + 1] for index in range(len(values))]
@@ -162,23 +162,23 @@ def _curves(runs: Sequence[Run], key: str, *, dashed: str | None = None, smooth:
 
 
 def _figures(runs: Sequence[Run]) -> str:
-    objectives = ", ".join(f"{run.name}: {run.objective}" for run in runs if run.objective)
-    losses = "Loss a supervised token" + (f" (each run its own objective: {objectives})" if objectives else "")
+    objectives = ", ".join(f"{run.name} {run.objective}" for run in runs if run.objective)
+    losses = "Per supervised token" + (f", of each run's own objective: {objectives}." if objectives else ".")
     drawn = [
         ("Loss", losses, _curves(runs, "loss", smooth=True)),
         (
             "Interpolation t",
             "t = 0 trains towards the student's own prediction, t = 1 towards the teacher's. "
-            "The closed form is what TAID's update gives while the loss stays flat.",
+            "The closed form knows the step alone; with the published alpha and beta t stays close to it.",
             _curves(runs, "t", dashed="t_closed_form"),
         ),
         (
             "KL divergence",
-            "of the student from the target of the objective, a supervised token",
+            "Of the student from what its objective aims at, per supervised token.",
             _curves(runs, "kl", smooth=True),
         ),
-        ("Gradient norm", "before clipping", _curves(runs, "grad_norm", smooth=True)),
-        ("Learning rate", "of the first parameter group", _curves(runs, "learning_rate")),
+        ("Gradient norm", "Before clipping.", _curves(runs, "grad_norm", smooth=True)),
+        ("Learning rate", "Of the first parameter group.", _curves(runs, "learning_rate")),
     ]
     figures = [
         f"<figure>{svg}<figcaption><b>{name}.</b> {html.escape(caption)}</figcaption></figure>"
@@ -249,12 +249,12 @@ def _card(card: Card, side: int) -> str:
 
 def _gallery(shown: Gallery, comparison: Comparison, side: int) -> str:
     single = len(comparison.plain) == 1
-    differ = "is wrong" if single else f"a model does not answer as {comparison.reference} does"
+    differ = "the answer is wrong" if single else f"a model does not answer as {comparison.reference} does"
+    verdicts = {answer.verdict for card in shown.cards for answer in card.answers}
+    legend = ", ".join(f"{symbol} {verdict}" for verdict, symbol in SYMBOLS.items() if verdict in verdicts)
     note = (
         f"Chosen to show differences, not at random: on {shown.differing:,} of {shown.rows:,} rows {differ}; "
-        "some of these come first, then some of the others. "
-        + ", ".join(f"{symbol} {verdict}" for verdict, symbol in SYMBOLS.items())
-        + "."
+        f"some of these come first, then some of the others. {legend}."
     )
     cards = "".join(_card(card, side) for card in shown.cards)
     heading = f"<h2>Held-out pictures: {html.escape(shown.task)}</h2><p>{html.escape(note)}</p>"
@@ -295,10 +295,13 @@ def report(
     comparison, galleries = None, []
     if evaluations:
         comparison = compare(evaluations, reference)
-        sections.append("<h2>Scores</h2><p>In percent, on held-out rows, with the standard error of the mean.</p>")
+        note = "In percent, on held-out rows, with the standard error of the mean."
+        if comparison.shuffled:
+            note += " Wrong picture: each question with another row's picture, to see how much the answers need it."
+        sections.append(f"<h2>Scores</h2><p>{note}</p>")
         sections.append(_table(*comparison.table()))
         if pictures:
-            galleries = [gallery(comparison, task, pictures, data) for task in comparison.tasks]
+            galleries = [gallery(comparison, task, pictures, data) for task in comparison.plain[comparison.reference]]
     if read:
         sections += ["<h2>Training</h2>", _runs_table(read), "<h2>Curves</h2>", _figures(read)]
     subtitle = " · ".join([run.name for run in read] or list(comparison.plain if comparison else []))

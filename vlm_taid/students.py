@@ -24,8 +24,9 @@ from transformers import (
     TimmWrapperConfig,
 )
 
-from vlm_taid.errors import InputError
-from vlm_taid.pretrained import ModelOptions
+from .pretrained import ModelOptions
+
+from .errors import InputError
 
 TURN_START, TURN_END, PADDING, IMAGE = "<|im_start|>", "<|im_end|>", "<|pad|>", "<image>"
 

@@ -207,21 +207,23 @@ class DistillationTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Token means over the held-out rows, each row counted once, whatever the ranks and the batch size.
 
-        A distillation objective that interpolates is evaluated at its end, the forward KL to the teacher, so that
-        values of different steps compare.
+        An objective that interpolates is evaluated at its end, the forward KL to the teacher, so that values of
+        different steps compare. Training's random state stays as it was.
         """
         model = self.model_wrapped
         model.eval()
         objective = FKL() if self.schedule is not None else self.objective
         sums_B3 = []
-        for batch in dataloader:
-            with torch.no_grad():
+        # a DataLoader draws a seed when it starts: without the fork, evaluation would change training's dropout
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            for batch in dataloader:
                 batch = self._prepare_inputs(batch)
                 output = self._objective(model, batch, objective, None)
-            rows_B3 = torch.zeros(batch["num_rows"], 3, dtype=torch.float64, device=self.args.device)
-            values_N3 = torch.stack([output.loss_N, output.ce_N, torch.ones_like(output.loss_N)], -1).double()
-            rows_B3.index_add_(0, batch["row_of_N"], values_N3)
-            sums_B3.append(self.accelerator.gather_for_metrics(rows_B3).cpu())
+                rows_B3 = torch.zeros(batch["num_rows"], 3, dtype=torch.float64, device=self.args.device)
+                values_N3 = torch.stack([output.loss_N, output.ce_N, torch.ones_like(output.loss_N)], -1).double()
+                rows_B3.index_add_(0, batch["row_of_N"], values_N3)
+                sums_B3.append(self.accelerator.gather_for_metrics(rows_B3).cpu())
         loss, ce, tokens = torch.cat(sums_B3).sum(0).tolist()
         metrics = {
             f"{metric_key_prefix}_loss": loss / max(tokens, 1.0),

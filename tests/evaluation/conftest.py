@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -38,8 +38,6 @@ def make_tokenizer(template):
         vocab_size=320, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     tokenizer.train_from_iterator(["what colour is it? is it " + color for color in COLORS], trainer)
-    from tokenizers import decoders, processors
-
     tokenizer.decoder = decoders.ByteLevel()
     # Adds a beginning-of-text token by itself, as Llama's does: after a template that would be a second one.
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -70,7 +68,12 @@ def vlm():
     tokenizer = make_tokenizer(PARTS_TEMPLATE)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=16,
+            patch_size=8,
         ),
         text_config=LlamaConfig(vocab_size=len(tokenizer), **TEXT),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),

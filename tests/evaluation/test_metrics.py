@@ -6,9 +6,7 @@ from vlm_taid.errors import InputError
 from vlm_taid.evaluation.metrics import CONTRACTIONS, METRICS, normalize_textvqa, normalize_vqa, score
 
 
-@pytest.mark.parametrize(
-    ("matching", "expected"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)]
-)
+@pytest.mark.parametrize(("matching", "expected"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
 def test_leave_one_out_of_ten(matching, expected):
     references = ["red"] * matching + [f"other{index}" for index in range(10 - matching)]
     assert score("vqa_accuracy", "red", references) == pytest.approx(expected)

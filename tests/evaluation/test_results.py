@@ -151,7 +151,9 @@ def test_blind_baseline():
 def test_compare(tmp_path):
     make(["yes"] * 6, name="teacher").save(tmp_path / "teacher")
     make(["yes"] * 5 + ["no"], name="student").save(tmp_path / "student")
-    make(["no"] * 5 + ["no"], name="student", run={"date": "2026-01-02"}, shuffle_images=True).save(tmp_path / "student")
+    make(["no"] * 5 + ["no"], name="student", run={"date": "2026-01-02"}, shuffle_images=True).save(
+        tmp_path / "student"
+    )
     comparison = compare([f"big={tmp_path / 'teacher'}", tmp_path / "student"])
     head, rows = comparison.table()
     assert head == ["model", "parameters", "all", "a", "b", "wrong picture", "agrees with big"]
@@ -173,15 +175,19 @@ def test_a_newer_evaluation_replaces_an_older_one(tmp_path):
 
 def test_rows_that_differ_come_first():
     flags = [(False, False)] * 8 + [(False, True)] * 8 + [(True, True)]
-    texts = [[str(index)] for index in range(len(flags))]
-    chosen = choose_rows(texts, flags, 8)
+    questions = [(f"picture {index}", "what?") for index in range(len(flags))]
+    chosen = choose_rows(questions, flags, 8)
     assert len(chosen) == len(set(chosen)) == 8
     differing = [any(flags[row]) for row in chosen]
     assert differing == sorted(differing, reverse=True) and sum(differing) == 6
     assert 16 in chosen  # the rare pattern
-    assert len(choose_rows(texts, [(False, False)] * len(flags), 8)) == 8
-    assert len(choose_rows(texts[:3], flags[:3], 8)) == 3
-    assert len(choose_rows([["same"]] * len(flags), flags, 8)) == 1
+    assert len(choose_rows(questions, [(False, False)] * len(flags), 8)) == 8
+    assert len(choose_rows(questions, [(True, False)] * len(flags), 8)) == 8
+    assert len(choose_rows(questions[:3], flags[:3], 8)) == 3
+    few = [(f"picture {index % 4}", f"{index % 2}") for index in range(len(flags))]
+    chosen = choose_rows(few, [(True, False)] * len(flags), 4)
+    assert len({few[row][0] for row in chosen}) == 4  # new pictures first
+    assert len(choose_rows([("same", "same")] * len(flags), [(True, False)] * len(flags), 8)) == 1
 
 
 def test_results_are_json(tmp_path):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from vlm_taid.data.sources import SourceOptions
@@ -21,7 +22,9 @@ def one_thread():
 
 
 def task(path, **options):
-    return Task("colors", SourceOptions(path=str(path), format="vqa"), metric="exact_match", max_new_tokens=6, **options)
+    return Task(
+        "colors", SourceOptions(path=str(path), format="vqa"), metric="exact_match", max_new_tokens=6, **options
+    )
 
 
 def run(model, path, **options):
@@ -59,14 +62,12 @@ def test_an_answer_is_what_the_model_alone_generates(vlm, questions):
     model, processor = vlm
     line = run(vlm, questions, batch_size=4).samples["colors"][2]
     assert line["arguments"][0].startswith("<s>user: ")
-    messages = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": line["doc"]["question"]}]}
-    ]
-    from PIL import Image
-
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": line["doc"]["question"]}]}]
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert text == line["arguments"][0]
-    inputs = processor(text=text, images=Image.open(questions.with_name("blue.png")), add_special_tokens=False, return_tensors="pt")
+    inputs = processor(
+        text=text, images=Image.open(questions.with_name("blue.png")), add_special_tokens=False, return_tensors="pt"
+    )
     assert (inputs["input_ids"] == processor.tokenizer.bos_token_id).sum() == 1
     ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert processor.decode(ids, skip_special_tokens=True).strip() == line["filtered_resps"][0]
@@ -100,9 +101,8 @@ def test_limit_is_marked(vlm, questions):
 
 def test_shuffled_images(vlm, questions):
     plain, shuffled = run(vlm, questions), run(vlm, questions, shuffle_images=True)
-    assert shuffled.data["config"]["shuffle_images"] and "another row's picture" in shuffled.markdown() or (
-        "another row" in shuffled.title()
-    )
+    assert shuffled.data["config"]["shuffle_images"]
+    assert "another row's picture" in shuffled.markdown() and "another" not in plain.markdown()
     for mine, theirs in zip(plain.samples["colors"], shuffled.samples["colors"], strict=True):
         assert mine["doc_hash"] == theirs["doc_hash"]  # the row itself stays what it is
         if mine["doc"]["image"]:
@@ -210,7 +210,9 @@ def test_command_and_two_ranks(model_folder, questions, tmp_path):
         f" num_workers=0, output_path={str(tmp_path / 'two')!r})\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    ran = subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=120)
+    ran = subprocess.run(
+        command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=120
+    )
     assert ran.returncode == 0, ran.stderr
     two = Results.load(tmp_path / "two")
     assert two.samples == results.samples

@@ -119,6 +119,8 @@ class Comparison:
 
     def _parameters(self, label: str) -> str:
         count = next(iter(self.plain[label].values())).data["config"]["num_params"]
+        if not count:
+            return "–"
         return f"{count / 1e6:.2f} M" if count < 1e9 else f"{count / 1e9:.2f} B"
 
     @staticmethod
@@ -152,13 +154,17 @@ def compare(evaluations: Sequence[str | Path], reference: str | None = None) -> 
     shuffled: dict[str, dict[str, Results]] = {}
     for item in map(str, evaluations):
         label, separator, path = item.partition("=")
-        label, path = (label, path) if separator else ("", item)
+        if not separator or Path(item).exists():
+            label, path = "", item
         files = (
             sorted(Path(path).rglob("results_*.json"), key=lambda file: file.name) if Path(path).is_dir() else [path]
         )
         if not files:
             raise InputError(f"{path}: no results_*.json in it; give the --output_path of `vlm-taid eval run`")
-        for results in map(Results.load, files):  # the newest last
+        found = [Results.load(file) for file in files]  # the newest last
+        if label and len(names := {results.data["model_name"] for results in found}) > 1:
+            raise InputError(f"{item}: one label for several models: {', '.join(sorted(names))}")
+        for results in found:
             side = shuffled if results.data["config"].get("shuffle_images") else plain
             by_task = side.setdefault(label or results.data["model_name"], {})
             by_task.update(dict.fromkeys(results.data["results"], results))

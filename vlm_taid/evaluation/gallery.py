@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,33 +57,50 @@ class Gallery:
 
 def _spread(indices: Sequence[int], count: int) -> list[int]:
     """At most count of them, evenly over the file."""
-    return (
-        [indices[position * len(indices) // count] for position in range(count)] if len(indices) > count else [*indices]
-    )
+    return [indices[turn * len(indices) // count] for turn in range(count)] if len(indices) > count else [*indices]
 
 
-def choose_rows(answers: Sequence[Sequence[str]], interesting: Sequence[Sequence[bool]], count: int) -> list[int]:
+def choose_rows(
+    questions: Sequence[tuple[str, str]], differs: Sequence[Sequence[bool]], count: int, spread: int = 8
+) -> list[int]:
     """Which rows to show: those where models differ first, then some where all agree.
 
     Each pattern of who differs gets an equal share, so that a rare one is seen too; within a pattern the rows are
-    spread over the file.
+    spread over the file. No picture is shown twice while there are others.
 
     Args:
-        answers: for each row, what it says (question and answers): rows that say the same are shown once.
-        interesting: for each row, which models differ.
+        questions: for each row, its picture (a hash) and its question.
+        differs: for each row, which models differ.
         count: how many rows.
+        spread: how many times as many rows are looked at as are shown, to find other pictures.
     """
     patterns: dict[tuple[bool, ...], list[int]] = {}
-    seen = set()
-    for index, (texts, flags) in enumerate(zip(answers, interesting, strict=True)):
-        if tuple(texts) not in seen:
-            seen.add(tuple(texts))
-            patterns.setdefault(tuple(flags), []).append(index)
-    agreeing = next((rows for flags, rows in patterns.items() if not any(flags)), [])
-    queues = [_spread(rows, count) for flags, rows in sorted(patterns.items()) if any(flags)]
-    differing = [queue[turn] for turn in range(count) for queue in queues if turn < len(queue)]
-    wanted = max(count - len(differing), min(count // AGREEING_SHARE, len(agreeing)))
-    return differing[: count - wanted] + _spread(agreeing, wanted)
+    for index, flags in enumerate(differs):
+        patterns.setdefault(tuple(flags), []).append(index)
+    queues = {flags: _spread(rows, spread * count) for flags, rows in sorted(patterns.items())}
+    agreeing = [row for flags, rows in queues.items() if not any(flags) for row in rows]
+    differing_queues = [rows for flags, rows in queues.items() if any(flags)]
+    longest = max(map(len, differing_queues), default=0)
+    differing = [rows[turn] for turn in range(longest) for rows in differing_queues if turn < len(rows)]
+    wanted = min(count // AGREEING_SHARE, len(agreeing))
+    shown: set[str] = set()
+    chosen = _new_first(differing, count - wanted, questions, shown)
+    return chosen + _new_first(agreeing, count - len(chosen), questions, shown)
+
+
+def _new_first(rows: list[int], count: int, questions: Sequence[tuple[str, str]], shown: set[str]) -> list[int]:
+    """The first rows with pictures not yet shown, which are added to shown; others only if these are too few."""
+    new = []
+    for row in rows:
+        if len(new) < count and questions[row][0] not in shown:
+            shown.add(questions[row][0])
+            new.append(row)
+    asked = {questions[row] for row in new}
+    for row in rows:
+        if len(new) < count and questions[row] not in asked:
+            asked.add(questions[row])
+            new.append(row)
+    return new
 
 
 def gallery(comparison: Comparison, task: str, count: int = 24, data: str | Path | None = None) -> Gallery:
@@ -100,7 +118,8 @@ def gallery(comparison: Comparison, task: str, count: int = 24, data: str | Path
     models = {
         label: tasks[task].samples[task]
         for label, tasks in comparison.plain.items()
-        if task in tasks and task in tasks[task].samples
+        # The blind baseline, which has no parameters, looks at no picture.
+        if task in tasks and task in tasks[task].samples and tasks[task].data["config"]["num_params"]
     }
     if comparison.reference not in models:
         raise InputError(
@@ -118,13 +137,13 @@ def gallery(comparison: Comparison, task: str, count: int = 24, data: str | Path
         differs = [[text != row[own] for text in row] for row in texts]
     else:
         differs = [[line[metric] < 1] for line in reference]
-    said = [[str(line["doc"].get("question")), *row] for line, row in zip(reference, texts, strict=True)]
+    questions = [("".join(line["doc"]["image"]), str(line["doc"].get("question", ""))) for line in reference]
     source = dict(results.data["configs"][task]["dataset"])
     if data is not None:
         source["path"] = str(data)
     rows = Rows(SourceOptions(**source))
     cards = []
-    for index in choose_rows(said, differs, count):
+    for index in choose_rows(questions, differs, count):
         line = reference[index]
         images = rows[line["doc_id"]].images
         if not images:
@@ -134,10 +153,8 @@ def gallery(comparison: Comparison, task: str, count: int = 24, data: str | Path
         answers = [
             Answer(label, lines[index]["filtered_resps"][0], lines[index][metric]) for label, lines in models.items()
         ]
-        shown = (
-            max(set(line["target"]), key=line["target"].count) if len(set(line["target"])) > 1 else line["target"][0]
-        )
-        cards.append(Card(images[0], str(line["doc"].get("question", "")), shown, answers, any(differs[index])))
+        shown = Counter(line["target"]).most_common(1)[0][0]
+        cards.append(Card(images[0], questions[index][1], shown, answers, any(differs[index])))
     return Gallery(task, cards, sum(map(any, differs)), len(reference))
 
 
@@ -169,21 +186,19 @@ def save_grid(
     if not cards:
         raise InputError("no pictures to draw")
     colors = {"right": "#1a7f37", "partly": "#9a6700", "wrong": "#cf222e"}
-    lines = 3.4 + len(cards[0].answers)  # of text under a picture: question, reference, answers
+    lines = 4 + len(cards[0].answers)  # of text under a picture: question, reference, answers
     cell, line_height = 1.75, 0.17  # inches
     grid_rows = -(-len(cards) // columns)
     height = cell + lines * line_height
     figure = Figure(figsize=(columns * (cell + 0.15), grid_rows * height), dpi=120, facecolor="white")
-    width = figure.get_figwidth()
+    width, total = figure.get_size_inches()
     for position, card in enumerate(cards):
         left = (position % columns) * (cell + 0.15) + 0.075
-        top = figure.get_figheight() - (position // columns) * height - 0.075
-        axes = figure.add_axes(
-            (left / width, (top - cell) / figure.get_figheight(), cell / width, cell / figure.get_figheight())
-        )
+        top = total - (position // columns) * height - 0.075
+        axes = figure.add_axes((left / width, (top - cell) / total, cell / width, cell / total))
         axes.imshow(card.image, interpolation="nearest" if max(card.image.size) < 200 else "antialiased")
         axes.set_axis_off()
-        question = textwrap.wrap(card.question, 30)[:2]
+        question = textwrap.wrap(card.question, 26)[:2]
         texts = [(line, "#1f2328", "bold") for line in question] + [
             (f"reference: {card.reference}", "#59636e", "normal")
         ]
@@ -195,9 +210,9 @@ def save_grid(
             y = top - cell - (number + 0.8) * line_height
             figure.text(
                 left / width,
-                y / figure.get_figheight(),
-                textwrap.shorten(text, 34),
-                fontsize=7.5,
+                y / total,
+                textwrap.shorten(text, 32, placeholder="…"),
+                fontsize=7.2,
                 color=color,
                 weight=weight,
             )

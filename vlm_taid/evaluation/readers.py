@@ -23,7 +23,7 @@ BATCHES_PER_WINDOW = 4
 
 
 class Rows(Sequence[Conversation]):
-    """The rows of a source, each ending with its question. Pictures are opened when a row is read (BadRow if broken)."""
+    """A source's rows, each ending with its question. Pictures are opened when a row is read: BadRow if broken."""
 
     def __init__(self, source: SourceOptions):
         self._dataset = ConversationDataset([source], on_bad_row="error", need_answer=False)

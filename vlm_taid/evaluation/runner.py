@@ -1,6 +1,6 @@
 """Runs a model over tasks: greedy answers, sharded over ranks, scored.
 
-Legend of shapes: B rows, T positions of the padded prompt, A new tokens.
+Legend of shapes: B rows, A new tokens.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ def evaluate(
         progress: show a bar on rank 0.
 
     Raises:
-        InputError: no chat template, no rows, a row without references, a bad picture, an unknown metric.
+        InputError: no chat template, no end of turn, no rows, a row without references, a bad picture, tasks of the
+            same name, a batch size or limit below 1.
     """
     if not getattr(processor, "chat_template", None):
         raise InputError(f"model {model_name}: its processor has no chat template to phrase the questions with")

@@ -153,7 +153,7 @@ class StreamEncoder:
         streams = []
         for index, conversation in enumerate(conversations):
             length, limit = lengths_B[index], self.options.max_length
-            if limit is not None and length > limit:
+            if limit is not None and length > limit and conversation is not self.filler:
                 reason = (
                     f"{length} tokens, more than data.max_length = {limit}: raise it, lower the pixels, or drop the row"
                 )

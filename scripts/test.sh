@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Makes or reuses the virtual environment, installs the dev extra, then lints, type-checks and tests.
+# Arguments go to pytest: bash scripts/test.sh tests/objectives -k taid
+set -euo pipefail
+source "$(dirname "$0")/venv.sh"
+install_into_venv dev
+export HF_HUB_OFFLINE=1
+ruff format --check .
+ruff check .
+pyright --pythonpath "$VENV/bin/python"
+pytest "$@"

@@ -1,0 +1,195 @@
+"""Bad input by hand: each is one clear sentence on stderr and exit status 2, not a traceback."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from tests import families, runs
+from vlm_taid.cli import main
+from vlm_taid.recipe import Recipe
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    return families.llava(folder / "student", seed=1, width=16), families.llava(folder / "teacher")
+
+
+@pytest.fixture
+def recipe(pair, tmp_path):
+    """A good recipe over two rows, and the two rows' file."""
+    data = families.vqa_rows(tmp_path / "data", rows=2)
+    path = runs.recipe_file(tmp_path / "run.yaml", *pair, data, max_steps=1, per_device_train_batch_size=2)
+    content = yaml.safe_load(path.read_text())
+    content["data"]["on_bad_row"] = "error"
+    path.write_text(yaml.safe_dump(content))
+    return path, Path(data)
+
+
+def fails(capfd, *arguments) -> str:
+    capfd.readouterr()
+    assert main([str(a) for a in arguments]) == 2
+    error = capfd.readouterr().err
+    assert "Traceback" not in error
+    line = error.strip().splitlines()[-1] if "vlm-taid" not in error else error[error.index("vlm-taid") :].strip()
+    return line
+
+
+def rewrite(path: Path, number: int, **changes):
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[number] |= changes
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_good_recipe_runs(recipe):
+    assert main(["distill", "--config", str(recipe[0])]) == 0
+
+
+def missing_image(data):
+    rewrite(data, 1, image="gone.png")
+    return "gone.png"
+
+
+def truncated_png(data):
+    whole = (data.parent / "1.png").read_bytes()
+    (data.parent / "1.png").write_bytes(whole[: len(whole) // 2])
+    return "1.png"
+
+
+def bomb(data):
+    Image.new("1", (20000, 20000)).save(data.parent / "1.png")
+    return "pixels"
+
+
+def outside(data):
+    Image.new("RGB", (8, 8)).save(data.parent.parent / "secret.png")
+    rewrite(data, 1, image="../secret.png")
+    return "secret.png"
+
+
+def url(data):
+    rewrite(data, 1, image="http://127.0.0.1:9/a.png")
+    return "allow_urls"
+
+
+def empty_answer(data):
+    rewrite(data, 1, answer="  ")
+    return "answer"
+
+
+BAD_ROWS = [missing_image, truncated_png, bomb, outside, url, empty_answer]
+
+
+@pytest.mark.parametrize("spoil", BAD_ROWS)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_row_is_named(recipe, capfd, spoil, workers):
+    path, data = recipe
+    named = spoil(data)
+    message = fails(capfd, "distill", "--config", path, f"--training.dataloader_num_workers={workers}")
+    assert f"{data}:2" in message and named in message
+
+
+@pytest.mark.parametrize("spoil", BAD_ROWS)
+def test_bad_row_is_skipped_and_counted_when_asked(recipe, spoil, capfd):
+    path, data = recipe
+    named = spoil(data)
+    assert main(["distill", "--config", str(path), "--data.on_bad_row", "skip"]) == 0
+    listed = [json.loads(line) for line in (runs.output_of(path) / "refused_rows.jsonl").read_text().splitlines()]
+    assert len(listed) == 1 and f"{data}:2" in listed[0]["row"] and named in listed[0]["row"]
+    assert "1 rows were skipped" in capfd.readouterr().out
+    assert runs.metrics(runs.output_of(path), "refused_rows") == [(1,)]
+
+
+def test_long_row_is_named_and_never_cut(recipe, capfd):
+    path, data = recipe
+    message = fails(capfd, "distill", "--config", path, "--data.max_length", 20)
+    assert f"{data}:" in message and "tokens" in message and "max_length" in message
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["--training.max_step", "3"], "training.max_steps"),
+        (["--training.learning_rat", "1"], "training.learning_rate"),
+        (["--objective.t_strat", "0.4"], "objective.t_start"),
+        (["--data.max_len", "4"], "data.max_length"),
+        (["--training.max_steps", "ten"], "max_steps"),
+        (["--objective.name", "tiad"], "taid"),
+        (["--objective.t_start", "2"], "t_start"),
+        (["--teacher", "null"], "teacher.path"),
+        (["--student.path", "no/such/folder"], "no/such/folder"),
+        (["--data.train", "[]"], "data.train"),
+        (["--objective.name", "fkl", "--objective.alpha", "0.1"], "objective.alpha"),
+        (["--training.deepspeed", "configs/deepspeed/zero2.json"], "deepspeed --num_gpus"),
+    ],
+)
+def test_wrong_option_names_the_key(recipe, capfd, arguments, expected):
+    assert expected in fails(capfd, "distill", "--config", recipe[0], *arguments)
+
+
+def test_unknown_key_of_a_file_names_the_nearest(recipe, capfd):
+    path, _ = recipe
+    content = yaml.safe_load(path.read_text())
+    content["objective"]["t_strat"] = 0.3
+    path.write_text(yaml.safe_dump(content))
+    message = fails(capfd, "distill", "--config", path)
+    assert "t_strat" in message and "t_start" in message
+
+
+def test_unknown_command(capfd):
+    assert "distill, eval, report" in fails(capfd, "distil")
+
+
+def test_vocabularies_that_share_no_tokens(recipe, capfd, tmp_path):
+    path, _ = recipe
+    student = Path(yaml.safe_load(path.read_text())["student"]["path"])
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in student.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    special = {token["content"] for token in tokenizer["added_tokens"]}
+    vocab = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {(k if k in special else f"§{k}"): v for k, v in vocab.items()}
+    tokenizer["model"]["merges"] = []
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    message = fails(capfd, "distill", "--config", path, "--teacher.path", other)
+    assert "share" in message and "tokenizer" in message
+
+
+def test_model_folder_without_weights_and_with_a_pickle(recipe, capfd, tmp_path):
+    path, _ = recipe
+    student = Path(yaml.safe_load(path.read_text())["student"]["path"])
+    for name, expected in (("empty", "no weights"), ("pickled", "pickle")):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in student.iterdir():
+            if file.suffix != ".safetensors":
+                (folder / file.name).write_bytes(file.read_bytes())
+        if name == "pickled":
+            torch.save({}, folder / "pytorch_model.bin")
+        assert expected in fails(capfd, "distill", "--config", path, "--student.path", folder)
+
+
+def test_print_config_is_commented_and_loads(recipe, capsys):
+    path, _ = recipe
+    with pytest.raises(SystemExit) as stop:
+        main(["distill", "--config", str(path), "--print_config"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert "# " in printed and "t_start" in printed
+    again = path.with_name("again.yaml")
+    again.write_text(printed)
+    assert Recipe.load(again) == Recipe.load(path)
+
+
+def test_help_has_a_sentence_for_every_key(capsys):
+    with pytest.raises(SystemExit):
+        main(["distill", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for sentence in ("interpolation at the first step", "Total number of training steps", "longest row in tokens"):
+        assert sentence.lower() in printed.lower()

@@ -1,0 +1,131 @@
+"""A run that is killed goes on bit for bit: weights, t, momentum, order of the rows."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+
+from tests import families, runs
+from vlm_taid.checkpoints import broken, newest_whole
+from vlm_taid.distillation import distill
+from vlm_taid.errors import InputError
+from vlm_taid.recipe import Recipe
+
+LONG = {"max_steps": 60, "save_strategy": "steps", "save_steps": 10, "dataloader_num_workers": 1}
+STATE = ("step", "loss", "t", "delta_t", "momentum")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A student with dropout, so that the random state counts."""
+    folder = tmp_path_factory.mktemp("resume")
+    student = families.llama(folder / "student", seed=1, width=16, attention_dropout=0.2)
+    teacher = families.llama(folder / "teacher")
+    data = families.vqa_rows(folder / "data", rows=26, images=False)
+
+    def recipe(name, **more):
+        return runs.recipe_file(folder / f"{name}.yaml", student, teacher, data, **(LONG | more))
+
+    return recipe
+
+
+def equal(run, reference):
+    ours, theirs = runs.weights(run), runs.weights(reference)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert runs.metrics(run, *STATE) == runs.metrics(reference, *STATE)
+    schedules = [
+        json.loads((folder / "trainer_state.json").read_text())["stateful_callbacks"]["DistillationState"]
+        for folder in (run, reference)
+    ]
+    assert schedules[0] == schedules[1]
+
+
+def logged(run, step):
+    def reached():
+        return (run / "metrics.jsonl").is_file() and (run / "metrics.jsonl").read_text().count('"loss"') >= step
+
+    return reached
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_run_ends_as_if_it_had_not_been(pair, ranks):
+    launcher = {1: None, 2: "deepspeed"}[ranks]
+    more = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2} if ranks == 1 else {}
+    more |= {"deepspeed": runs.deepspeed_config(2), "per_device_train_batch_size": 2} if ranks == 2 else {}
+    whole = pair(f"whole{ranks}", **more)
+    reference = runs.here(whole) if ranks == 1 else runs.launched(whole, launcher)
+    killed = pair(f"killed{ranks}", **more)
+    step = random.SystemRandom().randint(12, 45)
+    run = runs.launched(killed, launcher, kill_when=logged(runs.output_of(killed), step))
+    assert not (run / "complete.json").exists() and newest_whole(run) is not None
+    runs.here(killed) if ranks == 1 else runs.launched(killed, launcher)
+    equal(run, reference)
+
+
+def test_sigterm_saves_and_exits_zero(pair):
+    recipe = pair("terminated")
+    run = runs.output_of(recipe)
+    reference = runs.here(pair("not_terminated"))
+    process = psutil.Popen(runs.command(recipe, None), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    reached = logged(run, 15)
+    while not reached():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert not (run / "complete.json").exists()
+    checkpoint = newest_whole(run)
+    assert checkpoint is not None and int(checkpoint.name.split("-")[1]) % 10 != 0  # saved where it was stopped
+    runs.here(recipe)
+    equal(run, reference)
+
+
+def test_broken_checkpoint_is_passed_over(pair):
+    recipe = pair("broken", max_steps=20)
+    reference = runs.here(pair("not_broken", max_steps=20))
+    run = runs.here(recipe)
+    optimizer = run / "checkpoint-20" / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:-100])
+    assert "optimizer.pt" in (broken(run / "checkpoint-20") or "")
+    told = []
+    assert newest_whole(run, told.append) == run / "checkpoint-10"
+    assert "checkpoint-20" in told[0]
+    runs.here(recipe)
+    equal(run, reference)
+
+
+def test_half_written_checkpoint_is_never_taken(tmp_path):
+    (tmp_path / "checkpoint-10").mkdir()
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text("{}")
+    assert newest_whole(tmp_path, lambda message: None) is None
+
+
+def test_another_recipe_in_the_same_folder_is_refused(pair):
+    recipe = pair("mine", max_steps=10)
+    runs.here(recipe)
+    with pytest.raises(InputError, match="objective"):
+        distill(Recipe.load(recipe, ["--objective.t_start", "0.6"]))
+
+
+def test_private_methods_of_the_trainer_are_still_there():
+    from transformers import Trainer
+
+    for name in ("_save_checkpoint", "_init_training_state", "_get_output_dir", "get_batch_samples", "evaluation_loop"):
+        assert callable(getattr(Trainer, name))
+    assert sys.version_info >= (3, 11)
+
+
+def test_t_does_not_move_in_evaluation(pair):
+    recipe = pair("evaluated", max_steps=8, eval_strategy="steps", eval_steps=1)
+    content = recipe.read_text().replace("  on_bad_row", "  validation:\n  - {format: vqa, path: %s}\n  on_bad_row")
+    data = next(line.split("path: ")[1] for line in content.splitlines() if "path:" in line and ".jsonl" in line)
+    recipe.write_text(content % data)
+    run, plain = runs.here(recipe), runs.here(pair("unevaluated", max_steps=8))
+    assert len(runs.metrics(run, "eval_loss")) == 8
+    assert runs.metrics(run, "step", "t", "momentum") == runs.metrics(plain, "step", "t", "momentum")

@@ -1,0 +1,71 @@
+"""Student and teacher each under their own ZeRO stage: the same weights and evaluation losses as one process."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests import families, runs
+
+STEPS = {
+    "max_steps": 5,
+    "learning_rate": 0.05,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "per_device_eval_batch_size": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A tied LLaVA student with padded rows, a wider teacher, seven rows held out (an odd number for two ranks)."""
+    folder = tmp_path_factory.mktemp("stages")
+    student = families.llava(folder / "student", seed=1, width=16, pad=6, tie=True)
+    teacher = families.llava(folder / "teacher", layers=3)
+    data = families.vqa_rows(folder / "data", rows=16)
+    held_out = families.vqa_rows(folder / "held_out", rows=7)
+
+    def recipe(name, **more):
+        path = runs.recipe_file(folder / f"{name}.yaml", student, teacher, data, **(STEPS | more))
+        content = yaml.safe_load(path.read_text())
+        content["data"]["validation"] = [{"path": held_out, "format": "vqa"}]
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    return recipe, runs.here(recipe("one", per_device_train_batch_size=4)), student
+
+
+@pytest.mark.parametrize("student_stage, teacher_stage", [(2, 0), (2, 3), (3, 0), (3, 3)])
+def test_stages_equal_one_process(pair, student_stage, teacher_stage):
+    recipe, reference, student = pair
+    save = {"save_strategy": "steps", "save_steps": 5} if student_stage == 3 else {}
+    path = recipe(
+        f"z{student_stage}{teacher_stage}", per_device_train_batch_size=2, zero_stage=teacher_stage,
+        deepspeed=runs.deepspeed_config(student_stage), **save,
+    )  # fmt: skip
+    run = runs.launched(path, "deepspeed")
+    ours, theirs = (runs.metrics(r, "eval_loss", "eval_cross_entropy", "eval_answer_tokens") for r in (run, reference))
+    assert len(ours) == len(theirs) == 3
+    for mine, expected in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx(expected, rel=1e-4)
+    assert runs.update_off(run, reference, student) < 1e-4
+    if student_stage == 3:
+        converted_weights_are_the_saved_ones(run)
+
+
+def converted_weights_are_the_saved_ones(run: Path):
+    """zero_to_fp32.py, which DeepSpeed leaves in a checkpoint, gives the weights that we saved."""
+    checkpoint, output = run / "checkpoint-5", run / "fp32"
+    script = [sys.executable, checkpoint / "zero_to_fp32.py", checkpoint, output, "--safe_serialization"]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    converted = {key: value for file in output.glob("*.safetensors") for key, value in load_file(file).items()}
+    saved = runs.weights(run)
+    missing = {key for key in saved if key not in converted}
+    assert not missing, missing
+    for key, value in saved.items():
+        assert torch.equal(converted[key], value), key
