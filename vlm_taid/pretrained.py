@@ -65,7 +65,8 @@ def load_model(options: ModelOptions) -> PreTrainedModel:
         is_vlm = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         if options.attn_implementation is not None:
             settings["attn_implementation"] = options.attn_implementation
-        model, info = (AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM).from_pretrained(
+        auto: Any = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
+        model, info = auto.from_pretrained(
             options.path,
             config=config,
             dtype=getattr(torch, options.dtype),
@@ -117,8 +118,9 @@ def vision_towers(model: PreTrainedModel) -> list[PreTrainedModel]:
     config = getattr(model.config, "vision_config", None)
     towers: list[PreTrainedModel] = []
     for module in model.modules():
-        is_tower = isinstance(module, PreTrainedModel) and module is not model and type(module.config) is type(config)
-        if is_tower and not any(module is inner for tower in towers for inner in tower.modules()):
+        if not isinstance(module, PreTrainedModel) or type(module.config) is not type(config):
+            continue
+        if module is not model and not any(module is inner for tower in towers for inner in tower.modules()):
             towers.append(module)
     return towers
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import deepspeed
 import torch
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse._loaders_dumpers import get_yaml_default_loader
 
 from .data import DataOptions
@@ -101,7 +101,7 @@ class Recipe:
         arguments = ["--print_config=comments,skip_default" if a == "--print_config" else a for a in arguments]
         try:
             parsed = parser.parse_args(list(arguments))
-            sections = parser.instantiate_classes(parsed)
+            sections: Any = parser.instantiate_classes(parsed)
         except Exception as error:  # jsonargparse raises its own and argparse's errors
             raise InputError(_explained(str(error), parser, arguments)) from error
         recipe = cls(
@@ -167,7 +167,7 @@ def recipe_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="vlm-taid distill", description="Distil a student.", exit_on_error=False, allow_abbrev=False
     )
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML recipe; may be given several times.")
+    parser.add_argument("--config", action="config", help="YAML recipe; may be given several times.")
     parser.add_class_arguments(StudentOptions, "student", help="the model that is trained")
     parser.add_argument("--teacher", type=TeacherOptions | None, default=None, help="the model that is learned from")
     parser.add_class_arguments(DataOptions, "data", help="what is trained on")

@@ -24,9 +24,8 @@ from transformers import (
     TimmWrapperConfig,
 )
 
-from .pretrained import ModelOptions
-
 from .errors import InputError
+from .pretrained import ModelOptions
 
 TURN_START, TURN_END, PADDING, IMAGE = "<|im_start|>", "<|im_end|>", "<|pad|>", "<image>"
 

@@ -110,13 +110,15 @@ class DistillationTrainer(Trainer):
             self.refused.update(batch["refused"])
         refused = sum(len(batch["refused"]) for batch in batches)
         counts = torch.tensor([tokens, refused, self.stop_requested], dtype=torch.float64, device=device)
-        tokens, refused, stop = self.accelerator.reduce(counts, "sum").tolist()  # one collective carries SIGTERM too
+        tokens, refused, stop = self._sum_over_ranks(counts).tolist()  # one collective carries SIGTERM too
         self.stopped = stop > 0
         self.refused_rows += int(refused)
         self._step_tokens = tokens
         return batches, max(tokens, 1.0)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """The share of this micro-batch and rank in the loss of the optimizer step."""
         for tower in self.quiet_towers:
             tower.eval()
@@ -124,8 +126,11 @@ class DistillationTrainer(Trainer):
         self._step_sums += torch.stack([output.ce_N, output.kl_N]).double().sum(-1).detach().cpu()
         return output.loss_N.sum() / num_items_in_batch * self.accelerator.num_processes
 
-    def _objective(self, model, batch: PairedBatch, objective: Objective, t: float | None) -> LinearDistillationOutput:
-        student = self._core(self.accelerator.unwrap_model(model))
+    def _objective(
+        self, model: Any, batch: PairedBatch, objective: Objective, t: float | None
+    ) -> LinearDistillationOutput:
+        module: Any = self.accelerator.unwrap_model(model)
+        student = self._core(module)
         target, gathered = None, nullcontext()
         if self.teacher is not None and objective.uses_teacher:
             inputs = batch["student"] if self.shared else batch["teacher"]
@@ -148,7 +153,7 @@ class DistillationTrainer(Trainer):
             return redirected(output, output, at_the_head, hidden_NH)
 
         with self.accelerator.autocast(), gathered:
-            return LinearDistillationOutput(*redirected(model, self.accelerator.unwrap_model(model), forward))
+            return LinearDistillationOutput(*redirected(model, module, forward))
 
     def _core(self, model: Any) -> Any:
         return model.base_model.model if hasattr(model, "peft_config") else model
@@ -159,13 +164,16 @@ class DistillationTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return super().floating_point_ops(inputs["student"])
 
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        total: Any = self.accelerator.reduce(values, "sum")
+        return total
+
     # -- the end of an optimizer step ----------------------------------------------------------------------------
 
     def end_of_step(self) -> None:
         """Moves t and counts, after the optimizer step of ``state.global_step - 1``."""
-        sums = self.accelerator.reduce(self._step_sums.to(self.args.device), "sum").cpu()
+        ce, kl = self._sum_over_ranks(self._step_sums.to(self.args.device)).tolist()
         self._step_sums = torch.zeros(2, dtype=torch.float64)
-        ce, kl = sums.tolist()
         self._window["kl"] += kl
         self._window["tokens"] += self._step_tokens
         if self.schedule is not None:
@@ -198,7 +206,7 @@ class DistillationTrainer(Trainer):
 
     @property
     def metrics_file(self) -> Path:
-        return Path(self.args.output_dir) / "metrics.jsonl"
+        return Path(str(self.args.output_dir)) / "metrics.jsonl"
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 
@@ -210,7 +218,7 @@ class DistillationTrainer(Trainer):
         An objective that interpolates is evaluated at its end, the forward KL to the teacher, so that values of
         different steps compare. Training's random state stays as it was.
         """
-        model = self.model_wrapped
+        model: Any = self.model_wrapped
         model.eval()
         objective = FKL() if self.schedule is not None else self.objective
         sums_B3 = []
@@ -223,7 +231,8 @@ class DistillationTrainer(Trainer):
                 rows_B3 = torch.zeros(batch["num_rows"], 3, dtype=torch.float64, device=self.args.device)
                 values_N3 = torch.stack([output.loss_N, output.ce_N, torch.ones_like(output.loss_N)], -1).double()
                 rows_B3.index_add_(0, batch["row_of_N"], values_N3)
-                sums_B3.append(self.accelerator.gather_for_metrics(rows_B3).cpu())
+                gathered: Any = self.accelerator.gather_for_metrics(rows_B3)
+                sums_B3.append(gathered.cpu())
         loss, ce, tokens = torch.cat(sums_B3).sum(0).tolist()
         metrics = {
             f"{metric_key_prefix}_loss": loss / max(tokens, 1.0),
@@ -237,7 +246,8 @@ class DistillationTrainer(Trainer):
 
     def _init_training_state(self, *args: Any, **kwargs: Any):
         found = super()._init_training_state(*args, **kwargs)
-        saved = (self.state.stateful_callbacks or {}).get(STATE)
+        states: Any = self.state.stateful_callbacks or {}
+        saved = states.get(STATE)
         if saved is not None:
             attributes = saved["attributes"]
             self.refused = Counter(attributes["refused"] if self.is_world_process_zero() else {})
@@ -262,7 +272,8 @@ class DistillationTrainer(Trainer):
         run = Path(super()._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         schedule = None if self.schedule is None else self.schedule.state_dict()
-        self.state.stateful_callbacks[STATE] = {
+        states: Any = self.state.stateful_callbacks
+        states[STATE] = {
             "args": {},
             "attributes": {"schedule": schedule, "refused": dict(self.all_refused())},
         }

@@ -66,7 +66,7 @@ class Head:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: nn.Module, columns: Tensor | slice | None = None) -> Head:
+    def of(cls, model: Any, columns: Tensor | slice | None = None) -> Head:
         """The head of a transformers model, proven: on a short input it gives the model's own logits.
 
         The hidden state is amplified for the proof, so that a soft cap bends and a wrong one shows.
@@ -140,7 +140,7 @@ def as_slice(columns_C: Tensor) -> Tensor | slice:
 
 
 @torch.no_grad()
-def _own_logits(model: nn.Module, amplify: float) -> tuple[Tensor, Tensor]:
+def _own_logits(model: Any, amplify: float) -> tuple[Tensor, Tensor]:
     """The hidden states [T, H] of a short input, amplified, and the logits [T, V] that the model makes of them."""
     kept: list[Tensor] = []
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -219,7 +220,7 @@ def _products(weight: Tensor):
     if weight.dtype != torch.bfloat16 or weight.is_cuda:
         yield
         return
-    matmul = torch.backends.mkldnn.matmul
+    matmul: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     saved = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:

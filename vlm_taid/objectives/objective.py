@@ -62,7 +62,7 @@ class SFT(Objective):
     name: ClassVar[str] = "sft"
     uses_teacher: ClassVar[bool] = False
 
-    def fused(self, student_NV, teacher_NV, t, labels_N):
+    def fused(self, student_NV: Tensor, teacher_NV: Any, t: Any, labels_N: Any) -> Fused:
         if labels_N is None:
             raise TypeError("sft needs labels_N")
         at_N1 = labels_N[:, None]
@@ -77,7 +77,7 @@ class TAID(Objective):
 
     name: ClassVar[str] = "taid"
 
-    def fused(self, student_NV, teacher_NV, t, labels_N):
+    def fused(self, student_NV: Tensor, teacher_NV: Any, t: Any, labels_N: Any) -> Fused:
         if t is None:
             raise TypeError("taid needs t")
         # KL(p_t || q) = t E_pt[z_t - z_s] - log Z_m + log Z_s: exact zero where both models agree (taid.md, section 1)
@@ -97,7 +97,7 @@ class FKL(Objective):
 
     name: ClassVar[str] = "fkl"
 
-    def fused(self, student_NV, teacher_NV, t, labels_N):
+    def fused(self, student_NV: Tensor, teacher_NV: Any, t: Any, labels_N: Any) -> Fused:
         return TAID().fused(student_NV, teacher_NV, 1.0, labels_N)
 
 
@@ -107,7 +107,7 @@ class RKL(Objective):
 
     name: ClassVar[str] = "rkl"
 
-    def fused(self, student_NV, teacher_NV, t, labels_N):
+    def fused(self, student_NV: Tensor, teacher_NV: Any, t: Any, labels_N: Any) -> Fused:
         log_q_NV = student_NV.log_softmax(-1)
         q_NV = log_q_NV.exp()
         log_p_NV = teacher_NV.log_softmax(-1)

@@ -75,9 +75,10 @@ class PairedCollator:
         BadRow: a row cannot be used and ``on_bad_row`` is ``error``.
         """
         refused = [row for row in conversations if isinstance(row, BadRow)]
-        places = [place for place, row in enumerate(conversations) if isinstance(row, Conversation)]
+        given = {place: row for place, row in enumerate(conversations) if isinstance(row, Conversation)}
+        places = list(given)
         while True:
-            rows = [conversations[place] for place in places]
+            rows = [given[place] for place in places]
             fill = not rows or (self.takes_images and not any(row.images for row in rows))
             student = self.student.encode_batch([*rows, self.student.filler] if fill else rows)
             teacher = student

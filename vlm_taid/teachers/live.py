@@ -46,7 +46,7 @@ class LiveTeacher:
     def __init__(self, options: TeacherOptions, device: torch.device):
         self.options = options
         with _loading(options.zero_stage):
-            self.model = load_model(options).requires_grad_(False).eval()
+            self.model: Any = load_model(options).requires_grad_(False).eval()
         self.wrapper: Any = self.model.to(device) if options.zero_stage == 0 else self._sharded()
         with torch.no_grad():
             self.head = redirected(self.wrapper, self.model, lambda: Head.of(self.model))
