@@ -26,8 +26,10 @@ from transformers import (
 from vlm_taid.students import CHAT_TEMPLATE, assemble, train_tokenizer
 
 TEXTS = [
-    "what shape is in the image?", "is there a red circle?", "what color is the square?", "a red circle, a blue square",
-    "The quick brown fox jumps over the lazy dog.", "yes", "no", "triangle rectangle green gray black brown teal yellow",
+    "what shape is in the image?", "is there a red circle?", "what color is the square?",
+    "a red circle, a blue square",
+    "The quick brown fox jumps over the lazy dog.", "yes", "no",
+    "triangle rectangle green gray black brown teal yellow",
 ] * 3  # fmt: skip
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230), "black": (0, 0, 0), "white": (255,) * 3}
 
@@ -39,8 +41,8 @@ def tokenizer():
 def text_sizes(vocab_size: int, width: int = 32, layers: int = 2, **more) -> dict:
     return {
         "vocab_size": vocab_size, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": False,
-        "initializer_range": 0.3, **more,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.3,
+        "tie_word_embeddings": False, **more,
     }  # fmt: skip
 
 
@@ -94,7 +96,8 @@ def qwen2_5_vl(folder: Path, *, seed=0, width=32, layers=2) -> str:
         vision_config={"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": width,
                        "patch_size": 14, "spatial_merge_size": 2, "fullatt_block_indexes": [1], "window_size": 56},
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=False,
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=False,
     )  # fmt: skip
     template = CHAT_TEMPLATE.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
     processor = Qwen2_5_VLProcessor(

@@ -65,14 +65,27 @@ def command(recipe: Path, launcher: str | None) -> list[str]:
     if launcher == "deepspeed":
         return [str(binary / "deepspeed"), "--num_gpus", "2", "--master_port", port, "--module", "vlm_taid", *arguments]
     if launcher == "torchrun":
-        return [str(binary / "torchrun"), "--nproc_per_node", "2", "--master_port", port, "-m", "vlm_taid", *arguments]
+        return [
+            str(binary / "torchrun"),
+            "--nproc_per_node",
+            "2",
+            "--master_port",
+            port,
+            "-m",
+            "tests.each_rank",
+            *arguments,
+        ]
     return [sys.executable, "-m", "vlm_taid", *arguments]
 
 
 def launched(recipe: Path, launcher: str | None, kill_when: Callable[[], bool] | None = None) -> Path:
-    """The run under a launcher (None: one process of its own); killed with SIGKILL when the condition holds."""
+    """The run under a launcher (None: one process of its own); killed with SIGKILL when the condition holds.
+
+    The PATH holds the environment's own commands alone: no compiler, so that nothing can need one.
+    """
     log = recipe.with_suffix(".log")
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    extensions = str(recipe.parent / "extensions")
+    environment = os.environ | {"PATH": str(Path(sys.executable).parent), "TORCH_EXTENSIONS_DIR": extensions}
     with open(log, "w") as file:
         process = psutil.Popen(command(recipe, launcher), stdout=file, stderr=subprocess.STDOUT, env=environment)
         end = time.monotonic() + LIMIT

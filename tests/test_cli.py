@@ -124,6 +124,7 @@ def test_long_row_is_named_and_never_cut(recipe, capfd):
         (["--student.path", "no/such/folder"], "no/such/folder"),
         (["--data.train", "[]"], "data.train"),
         (["--objective.name", "fkl", "--objective.alpha", "0.1"], "objective.alpha"),
+        (["--teacher.zero_stage", "3"], "teacher.zero_stage"),
         (["--training.deepspeed", "configs/deepspeed/zero2.json"], "deepspeed --num_gpus"),
     ],
 )
@@ -193,3 +194,25 @@ def test_help_has_a_sentence_for_every_key(capsys):
     printed = " ".join(capsys.readouterr().out.split())
     for sentence in ("interpolation at the first step", "Total number of training steps", "longest row in tokens"):
         assert sentence.lower() in printed.lower()
+
+
+def test_eval_run_and_report(recipe, tmp_path, capsys):
+    path, data = recipe
+    assert main(["distill", "--config", str(path)]) == 0
+    run = runs.output_of(path)
+    score = ["eval", "run", "--model", str(run), "--data", f"squares={data}", "--metric", "exact_match"]
+    assert main([*score, "--batch-size", "2", "--num-workers", "0", "--output_path", str(tmp_path / "scores")]) == 0
+    page = tmp_path / "report.html"
+    assert main(["report", str(run), "--evaluations", f"student={tmp_path / 'scores'}", "--output", str(page)]) == 0
+    assert "squares" in capsys.readouterr().out and "student" in page.read_text()
+
+
+def test_eval_of_bad_input(recipe, capfd, tmp_path):
+    path, data = recipe
+    student = yaml.safe_load(path.read_text())["student"]["path"]
+    assert "eval run" in fails(capfd, "eval", "score")
+    assert "metric" in fails(capfd, "eval", "run", "--model", student, "--data", f"a={data}", "--metri", "x")
+    assert "no such model folder" in fails(capfd, "eval", "run", "--model", tmp_path / "gone", "--data", f"a={data}")
+    missing_image(data)
+    message = fails(capfd, "eval", "run", "--model", student, "--data", f"a={data}", "--num_workers", "1")
+    assert f"{data}:2" in message and "gone.png" in message

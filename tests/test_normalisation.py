@@ -69,3 +69,7 @@ def test_two_ranks(family, launcher):
     more = {"deepspeed": runs.deepspeed_config(2)} if launcher == "deepspeed" else {}
     run = runs.launched(recipe(launcher, per_device_train_batch_size=2, **more), launcher)
     check(run, reference, student)
+    if launcher == "torchrun":  # every rank told what it holds: the same t and weights, bit for bit
+        held = [[json.loads(line) for line in (run / f"rank{rank}.jsonl").read_text().splitlines()] for rank in (0, 1)]
+        assert len(held[0]) == 2 and held[0] == held[1]
+        assert held[0][1]["schedule"]["t"] > 0.2

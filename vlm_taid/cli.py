@@ -25,19 +25,27 @@ def distill(arguments: list[str]) -> None:
 
 
 def evaluate(arguments: list[str]) -> None:
-    from jsonargparse import auto_cli
-
     from .evaluation import run_command
+    from .parsing import Parser
 
-    auto_cli({"run": run_command}, args=arguments, prog="vlm-taid eval")
+    if arguments[:1] != ["run"]:
+        raise InputError("eval has one subcommand: vlm-taid eval run --model PATH --data NAME=FILE")
+    parser = Parser(prog="vlm-taid eval run", description="Score a model on files of questions.")
+    parser.add_function_arguments(run_command, as_positional=False)
+    # lm-eval's flags are known with dashes and with underscores
+    dashed = [a.split("=")[0].replace("-", "_") + a[len(a.split("=")[0]) :] if a[:2] == "--" else a for a in arguments]
+    run_command(**vars(parser.parse([f"--{a[2:]}" if a[:2] == "__" else a for a in dashed[1:]])[1]))
 
 
 def report(arguments: list[str]) -> None:
-    from jsonargparse import auto_cli
-
+    from .parsing import Parser
     from .report import report
 
-    auto_cli(report, args=arguments, prog="vlm-taid report")
+    parser = Parser(prog="vlm-taid report", description="Write one HTML page about runs and evaluations.")
+    parser.add_argument("runs", nargs="*", help="run folders")
+    parser.add_argument("--evaluations", nargs="*", default=[], help="results of eval run, each as PATH or LABEL=PATH")
+    parser.add_function_arguments(report, as_positional=False, skip={"runs", "evaluations"})
+    print(f"report: {report(**vars(parser.parse(arguments)[1]))}")
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {"distill": distill, "eval": evaluate, "report": report}

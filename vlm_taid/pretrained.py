@@ -27,8 +27,8 @@ class ModelOptions:
 
     path: str
     """Folder or hub id of the model and its processor."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the loaded weights."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Precision of the loaded weights; auto: as they are saved."""
     attn_implementation: str | None = None
     """Attention of transformers (sdpa, eager, flash_attention_2, ...); None: the model's default."""
     trust_remote_code: bool = False
@@ -69,7 +69,7 @@ def load_model(options: ModelOptions) -> PreTrainedModel:
         model, info = auto.from_pretrained(
             options.path,
             config=config,
-            dtype=getattr(torch, options.dtype),
+            dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
             use_safetensors=True,
             output_loading_info=True,
             **settings,

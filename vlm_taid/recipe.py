@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,20 +12,15 @@ from typing import Any, Literal
 import deepspeed
 import torch
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
-from jsonargparse._loaders_dumpers import get_yaml_default_loader
+from jsonargparse import Namespace
 
 from .data import DataOptions
 from .errors import InputError
 from .objectives import Objective, TAIDSchedule
+from .parsing import Parser
 from .students import StudentOptions
 from .teachers import TeacherOptions
 from .trainer import DistillationArguments
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
-for _letter in "yYnNoO":  # in a recipe, "save_strategy: no" is a word, as in YAML 1.2, and not False
-    _resolvers = get_yaml_default_loader().yaml_implicit_resolvers
-    _resolvers[_letter] = [item for item in _resolvers.get(_letter, []) if item[0] != "tag:yaml.org,2002:bool"]
 
 
 @dataclass
@@ -97,13 +90,8 @@ class Recipe:
     @classmethod
     def parse(cls, arguments: Sequence[str]) -> Recipe:
         """Reads the command line's ``--config FILE --section.key VALUE ...``."""
-        parser = recipe_parser()
         arguments = ["--print_config=comments,skip_default" if a == "--print_config" else a for a in arguments]
-        try:
-            parsed = parser.parse_args(list(arguments))
-            sections: Any = parser.instantiate_classes(parsed)
-        except Exception as error:  # jsonargparse raises its own and argparse's errors
-            raise InputError(_explained(str(error), parser, arguments)) from error
+        parsed, sections = recipe_parser().parse(arguments)
         recipe = cls(
             student=sections.student,
             data=sections.data,
@@ -123,6 +111,8 @@ class Recipe:
         objective = self.objective.objective()
         if objective.uses_teacher and self.teacher is None:
             raise InputError(f"objective.name is {objective.name}, which needs teacher.path")
+        if self.teacher is not None and self.teacher.zero_stage == 3 and not self.training.get("deepspeed"):
+            raise InputError("teacher.zero_stage is 3, which needs training.deepspeed and a launcher; 0 needs neither")
         if not self.data.train:
             raise InputError("data.train is empty: give at least one source")
         self.objective.schedule()
@@ -162,11 +152,9 @@ class Recipe:
         path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
 
 
-def recipe_parser() -> ArgumentParser:
+def recipe_parser() -> Parser:
     """The parser of a recipe: every key with its sentence, unknown keys and wrong types refused."""
-    parser = ArgumentParser(
-        prog="vlm-taid distill", description="Distil a student.", exit_on_error=False, allow_abbrev=False
-    )
+    parser = Parser(prog="vlm-taid distill", description="Distil a student.")
     parser.add_argument("--config", action="config", help="YAML recipe; may be given several times.")
     parser.add_class_arguments(StudentOptions, "student", help="the model that is trained")
     parser.add_argument("--teacher", type=TeacherOptions | None, default=None, help="the model that is learned from")
@@ -205,18 +193,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return getattr(value, "value", value)  # enums by their names
-
-
-def _explained(message: str, parser: ArgumentParser, arguments: Sequence[str]) -> str:
-    """The parser's message with the nearest known key, where a key is unknown."""
-    message = message.strip()
-    known = sorted(action.dest for action in parser._actions if "." in action.dest)
-    group = re.search(r"Group '([\w.]+)'", message)
-    prefix = f"{group[1]}." if group else ""
-    unknown = [prefix + key for key in re.findall(r"option '([\w.]+)'", message)]
-    unknown += [argument.split("=")[0].removeprefix("--") for argument in arguments if argument.startswith("--")]
-    for key in unknown:
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-        if "." in key and key not in known and near and near[0] not in message:
-            return f"{message} (nearest known key: {near[0]})"
-    return message

@@ -1,37 +1,15 @@
-"""Loads a model folder for generation: safetensors only, checked before torch reads anything."""
+"""Loads a model for generation, on the right device and in the right type."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from vlm_taid.errors import InputError
-
-
-def check_weights(folder: Path) -> None:
-    """Raises InputError unless the model folder holds a configuration and safetensors weights."""
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder}: no config.json; give a folder that save_pretrained wrote")
-    if any(folder.glob("*.safetensors")):
-        return
-    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-    if pickles:
-        raise InputError(
-            f"{folder}: only pickle weights ({pickles[0]}), which can run code when loaded; "
-            "save the model with safe_serialization (safetensors) first"
-        )
-    raise InputError(f"{folder}: no model weights (*.safetensors)")
+from vlm_taid.pretrained import ModelOptions, load_model, load_processor
 
 
 def resolve_device(device: str) -> torch.device:
@@ -43,14 +21,13 @@ def resolve_device(device: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
+def resolve_dtype(dtype: str, device: torch.device) -> Any:
     """``auto`` is the saved type on an accelerator and float32 on a CPU, where half types are slow and coarse."""
     if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else "auto"
-    resolved: Any = getattr(torch, dtype, None)
-    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        return "float32" if device.type == "cpu" else "auto"
+    if dtype not in ("float32", "bfloat16", "float16"):
         raise InputError(f"dtype {dtype!r} is unknown; try auto, float32, bfloat16 or float16")
-    return resolved
+    return dtype
 
 
 def load(
@@ -77,30 +54,8 @@ def load(
     Raises:
         InputError: no such folder, no safetensors weights or some missing, or transformers cannot load it.
     """
-    if Path(model).is_dir():
-        check_weights(Path(model))
-    elif Path(model).exists() or model.startswith((".", "/", "~")):
-        raise InputError(f"model {model}: not a folder")
     torch_device = resolve_device(device)
-    torch_dtype = resolve_dtype(dtype, torch_device)
-    try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-        reads_images = type(config) in AutoModelForImageTextToText._model_mapping or (
-            "AutoModelForImageTextToText" in getattr(config, "auto_map", {})
-        )
-        model_class: Any = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
-        processor_class = AutoProcessor if reads_images else AutoTokenizer
-        loaded_processor = processor_class.from_pretrained(processor or model, trust_remote_code=trust_remote_code)
-        loaded, report = model_class.from_pretrained(
-            model,
-            dtype=torch_dtype,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"model {model}: transformers cannot load it: {error}") from error
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise InputError(f"model {model}: {len(missing)} weights are missing in its files, the first is {missing[0]}")
+    options = ModelOptions(model, resolve_dtype(dtype, torch_device), trust_remote_code=trust_remote_code)
+    loaded: Any = load_model(options)
+    loaded_processor = load_processor(processor or model, trust_remote_code=trust_remote_code)
     return loaded.to(torch_device).eval(), loaded_processor

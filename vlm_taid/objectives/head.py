@@ -152,11 +152,13 @@ def _own_logits(model: Any, amplify: float) -> tuple[Tensor, Tensor]:
 
     device = next(model.parameters()).device
     ids_BT = torch.arange(3, 3 + 6, device=device)[None]
-    training, hook = model.training, model.base_model.register_forward_hook(amplified)
+    modes = [(module, module.training) for module in model.modules()]  # some parts may be kept in eval mode
+    hook = model.base_model.register_forward_hook(amplified)
     try:
         model.eval()
         own_TV = model.forward(input_ids=ids_BT, use_cache=False).logits[0]
     finally:
         hook.remove()
-        model.train(training)
+        for module, training in modes:
+            module.training = training
     return kept[0], own_TV

@@ -25,8 +25,8 @@ DROPPED = ("optimizer", "scheduler", "gradient_clipping", "gradient_accumulation
 class TeacherOptions(ModelOptions):
     """The teacher: a model that is only read."""
 
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Precision of the teacher's weights."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "bfloat16"
+    """Precision of the teacher's weights; auto: as they are saved."""
     zero_stage: Literal[0, 3] = 0
     """Under DeepSpeed: 0 keeps a whole teacher on every rank, 3 shards it over the ranks."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class LiveTeacher:
     def _sharded(self) -> Any:
         import deepspeed
 
-        engine = deepspeed.initialize(model=self.model, config=teacher_config(self.options))[0]
+        engine = deepspeed.initialize(model=self.model, config=teacher_config(self.options, self.model.dtype))[0]
         engine.eval()
         return engine
 
@@ -92,14 +92,14 @@ def hidden_at(model: Any, inputs: dict[str, Any], rows_N: Tensor) -> Tensor:
     return hidden_BTG.flatten(0, 1)[rows_N]
 
 
-def teacher_config(options: TeacherOptions) -> dict[str, Any]:
-    """The DeepSpeed config of a sharded teacher: no optimizer, no scheduler, no optimizer offload."""
+def teacher_config(options: TeacherOptions, loaded: torch.dtype) -> dict[str, Any]:
+    """The DeepSpeed config of a sharded teacher of that type: no optimizer, no scheduler, no optimizer offload."""
     config = {key: value for key, value in copy.deepcopy(options.deepspeed).items() if key not in DROPPED}
     zero = {k: v for k, v in config.get("zero_optimization", {}).items() if k != "offload_optimizer"}
     config["zero_optimization"] = {**zero, "stage": options.zero_stage}
     config["train_micro_batch_size_per_gpu"] = 1
-    for key, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
-        config[key] = {"enabled": options.dtype == dtype}
+    for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        config[key] = {"enabled": loaded == dtype}
     return config
 
 

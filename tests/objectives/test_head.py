@@ -1,0 +1,84 @@
+"""A Head proves itself: it gives the model's own logits, or the model is refused."""
+
+import pytest
+import torch
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from tests.families import text_sizes
+from vlm_taid.errors import InputError
+from vlm_taid.objectives import Head, redirected
+
+
+def made(config_class, model_class, **more):
+    torch.manual_seed(0)
+    sizes = text_sizes(100) | {"head_dim": 8} | more
+    return model_class(config_class(**sizes)).eval()
+
+
+CASES = {
+    "plain": (Qwen2Config, Qwen2ForCausalLM, {}, {}),
+    "tied": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}, {}),
+    "soft cap": (Gemma2Config, Gemma2ForCausalLM, {"final_logit_softcapping": 5.0}, {"softcap": 5.0}),
+    "divided": (GraniteConfig, GraniteForCausalLM, {"logits_scaling": 8.0}, {"scale": 0.125}),
+    "multiplied": (CohereConfig, CohereForCausalLM, {"logit_scale": 0.0625}, {"scale": 0.0625}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_head_is_found_and_exact(case):
+    config_class, model_class, options, expected = CASES[case]
+    model = made(config_class, model_class, **options)
+    head = Head.of(model)
+    assert {key: getattr(head, key) for key in expected} == expected
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        own = model(ids).logits[0]
+        assert (head(model.base_model(ids).last_hidden_state[0]) - own).abs().max() < 1e-5 * own.abs().max()
+
+
+def test_soft_cap_that_the_model_does_not_apply_is_not_taken():
+    """A config may carry a soft cap that its class ignores (as Gemma 3's vision-language class does)."""
+    model = made(Qwen2Config, Qwen2ForCausalLM, final_logit_softcapping=5.0)
+    assert model.config.final_logit_softcapping == 5.0 and Head.of(model).softcap is None
+
+
+def test_head_of_an_unknown_form_is_refused():
+    class Odd(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits.square()
+            return output
+
+    from transformers import LlamaConfig
+
+    with pytest.raises(InputError, match="none of those known"):
+        Head.of(Odd(LlamaConfig(**text_sizes(100))))
+
+
+def test_proof_leaves_the_model_as_it_was():
+    model = made(Qwen2Config, Qwen2ForCausalLM).train()
+    model.base_model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    Head.of(model)
+    assert [module.training for module in model.modules()] == modes and not model.base_model._forward_hooks
+
+
+def test_redirection_restores_the_forward():
+    layer = torch.nn.Linear(2, 2)
+    called = []
+    layer.register_forward_hook(lambda *_: called.append(True))
+    assert redirected(layer, layer, lambda x: x + 1, torch.zeros(1)).item() == 1.0
+    assert called and "forward" not in layer.__dict__
+    with pytest.raises(ZeroDivisionError):
+        redirected(layer, layer, lambda: 1 / 0)
+    assert "forward" not in layer.__dict__
