@@ -90,6 +90,7 @@ def test_broken_checkpoint_is_passed_over(pair):
     recipe = pair("broken", max_steps=20)
     reference = runs.here(pair("not_broken", max_steps=20))
     run = runs.here(recipe)
+    (run / "complete.json").unlink()
     optimizer = run / "checkpoint-20" / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:-100])
     assert "optimizer.pt" in (broken(run / "checkpoint-20") or "")
@@ -104,6 +105,15 @@ def test_half_written_checkpoint_is_never_taken(tmp_path):
     (tmp_path / "checkpoint-10").mkdir()
     (tmp_path / "checkpoint-10" / "trainer_state.json").write_text("{}")
     assert newest_whole(tmp_path, lambda message: None) is None
+
+
+def test_complete_run_is_left_alone(pair, capsys):
+    recipe = pair("complete", max_steps=10)
+    written = (runs.here(recipe) / "model.safetensors").stat().st_mtime_ns
+    assert (runs.here(recipe) / "model.safetensors").stat().st_mtime_ns == written
+    assert "is complete" in capsys.readouterr().out
+    again = distill(Recipe.load(recipe, ["--training.resume", "never"]))
+    assert (again / "model.safetensors").stat().st_mtime_ns > written
 
 
 def test_another_recipe_in_the_same_folder_is_refused(pair):

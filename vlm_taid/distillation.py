@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import transformers
+import yaml
 from transformers import set_seed
 
-from .checkpoints import newest_whole
+from .checkpoints import MANIFEST, broken, newest_whole
 from .data import ConversationDataset
 from .errors import InputError
 from .model_card import model_card
@@ -38,11 +40,17 @@ def distill(recipe: Recipe) -> Path:
     """
     arguments = recipe.arguments()
     output = Path(arguments.output_dir)
+    if arguments.resume == "auto" and (output / DONE).is_file() and not _changed(recipe, output):
+        print(f"{output} is complete; --training.resume never trains it anew")
+        return output
     checkpoint = _checkpoint(arguments, recipe, output)
     set_seed(arguments.seed)
     trainer = build_trainer(recipe, arguments)
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
+        if arguments.resume == "never":  # else a later resume would take the old run's last checkpoint
+            for old in output.glob("checkpoint-*"):
+                shutil.rmtree(old)
         (output / DONE).unlink(missing_ok=True)
         recipe.save(output / "recipe.yaml")
     trainer.stop_on_sigterm()
@@ -54,6 +62,7 @@ def distill(recipe: Recipe) -> Path:
         )
         return output
     trainer.save_model(str(output))
+    trainer.store_state()
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(str(output / "trainer_state.json"))
         (output / "README.md").write_text(model_card(recipe, trainer.state, trainer.model))
@@ -122,28 +131,41 @@ def _checkpoint(arguments: DistillationArguments, recipe: Recipe, output: Path) 
     """Where to go on from.
 
     Raises:
-        InputError: the folder holds a run of another recipe, or the named checkpoint is not whole.
+        InputError: the folder holds a run of another recipe, or of another number of ranks under DeepSpeed, or the
+            named checkpoint is not whole.
     """
     if arguments.resume == "never":
         return None
-    if arguments.resume != "auto":
-        found = newest_whole(Path(arguments.resume).parent) if Path(arguments.resume).is_dir() else None
-        if found is None:
-            raise InputError(f"training.resume: {arguments.resume} is no checkpoint folder")
-        return Path(arguments.resume)
-    found = newest_whole(output, transformers.logging.get_logger(__name__).warning)
-    before = output / "recipe.yaml"
-    if found is not None and before.is_file():
-        import yaml
-
-        old, new = yaml.safe_load(before.read_text()), json.loads(json.dumps(recipe.to_dict()))
-        changed = [key for key in ("student", "teacher", "data", "objective") if old.get(key) != new.get(key)]
-        if changed:
+    if arguments.resume == "auto":
+        found = newest_whole(output, transformers.logging.get_logger(__name__).warning)
+        changed = [section for section in _changed(recipe, output) if section != "training"]
+        if found is not None and changed:
             raise InputError(
                 f"{output} holds a run of another recipe (it differs in {', '.join(changed)}): choose another "
                 "training.output_dir, or start anew with training.resume: never"
             )
+    else:
+        found = Path(arguments.resume)
+        if problem := broken(found):
+            raise InputError(f"training.resume: {found} is no whole checkpoint: {problem}")
+    ranks = None if found is None else json.loads((found / MANIFEST).read_text())["world_size"]
+    if arguments.deepspeed and ranks not in (None, arguments.world_size):
+        raise InputError(
+            f"{found} was written by {ranks} ranks and DeepSpeed's state is split over them: launch {ranks} ranks, or "
+            "start anew with training.resume: never"
+        )
     return found
+
+
+def _changed(recipe: Recipe, output: Path) -> list[str]:
+    """The sections in which the recipe differs from the one that the folder's run was made with."""
+    before = output / "recipe.yaml"
+    if not before.is_file():
+        return []
+    old, new = yaml.safe_load(before.read_text()), json.loads(json.dumps(recipe.to_dict()))
+    for sections in (old, new):
+        sections["training"].pop("resume", None)
+    return [key for key in {**old, **new} if old.get(key) != new.get(key)]
 
 
 def _report_refused(trainer: DistillationTrainer, output: Path) -> None:

@@ -41,7 +41,7 @@ class DistillationArguments(TrainingArguments):
     resume: str = field(
         default="auto",
         metadata={
-            "help": "auto: go on from the newest whole checkpoint in output_dir; never: start anew; or a folder."
+            "help": "auto: go on from the newest whole checkpoint; never: remove them and start anew; or a folder."
         },
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Rows are conversations: keep False."})
@@ -259,6 +259,13 @@ class DistillationTrainer(Trainer):
         self._window["since"] = time.perf_counter()
         return found
 
+    def store_state(self) -> None:
+        """Puts the trainer's own state into TrainerState; every rank must call."""
+        schedule = None if self.schedule is None else self.schedule.state_dict()
+        attributes = {"schedule": schedule, "refused": dict(self.all_refused())}
+        states: Any = self.state.stateful_callbacks
+        states[STATE] = {"args": {}, "attributes": attributes}
+
     def all_refused(self) -> Counter[str]:
         """Messages of the refused rows of all ranks, with their counts; every rank must call."""
         return sum((Counter(dict(items)) for items in gather_object([list(self.refused.items())])), Counter())
@@ -271,12 +278,7 @@ class DistillationTrainer(Trainer):
         """Writes the checkpoint beside and renames it when it is whole."""
         run = Path(super()._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
-        schedule = None if self.schedule is None else self.schedule.state_dict()
-        states: Any = self.state.stateful_callbacks
-        states[STATE] = {
-            "args": {},
-            "attributes": {"schedule": schedule, "refused": dict(self.all_refused())},
-        }
+        self.store_state()
         if self.args.should_save:
             shutil.rmtree(run / PARTIAL, ignore_errors=True)
         self.accelerator.wait_for_everyone()
