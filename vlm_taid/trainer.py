@@ -94,7 +94,7 @@ class DistillationTrainer(Trainer):
         self.refused: Counter[str] = Counter()  # messages of this rank's refused rows
         self.refused_rows = 0  # over all ranks
         self.stop_requested = self.stopped = False
-        self._step_sums = torch.zeros(2, dtype=torch.float64)
+        self._step_sums = torch.zeros(2, dtype=torch.float64, device=args.device)
         self._step_tokens = 0.0
         self._window = {"kl": 0.0, "tokens": 0.0, "since": time.perf_counter()}
         self._saving = False
@@ -123,14 +123,13 @@ class DistillationTrainer(Trainer):
         for tower in self.quiet_towers:
             tower.eval()
         output = self._objective(model, inputs, self.objective, self.schedule.t if self.schedule else None)
-        self._step_sums += torch.stack([output.ce_N, output.kl_N]).double().sum(-1).detach().cpu()
+        self._step_sums += torch.stack([output.ce_N, output.kl_N]).double().sum(-1).detach()
         return output.loss_N.sum() / num_items_in_batch * self.accelerator.num_processes
 
     def _objective(
         self, model: Any, batch: PairedBatch, objective: Objective, t: float | None
     ) -> LinearDistillationOutput:
-        module: Any = self.accelerator.unwrap_model(model)
-        student = self._core(module)
+        student: Any = self.accelerator.unwrap_model(model)
         target, gathered = None, nullcontext()
         if self.teacher is not None and objective.uses_teacher:
             inputs = batch["student"] if self.shared else batch["teacher"]
@@ -153,10 +152,7 @@ class DistillationTrainer(Trainer):
             return redirected(output, output, at_the_head, hidden_NH)
 
         with self.accelerator.autocast(), gathered:
-            return LinearDistillationOutput(*redirected(model, module, forward))
-
-    def _core(self, model: Any) -> Any:
-        return model.base_model.model if hasattr(model, "peft_config") else model
+            return LinearDistillationOutput(*redirected(model, student, forward))
 
     def _prepare_inputs(self, inputs: PairedBatch) -> PairedBatch:
         return inputs.to(self.args.device)
@@ -172,8 +168,8 @@ class DistillationTrainer(Trainer):
 
     def end_of_step(self) -> None:
         """Moves t and counts, after the optimizer step of ``state.global_step - 1``."""
-        ce, kl = self._sum_over_ranks(self._step_sums.to(self.args.device)).tolist()
-        self._step_sums = torch.zeros(2, dtype=torch.float64)
+        ce, kl = self._sum_over_ranks(self._step_sums).tolist()
+        self._step_sums = torch.zeros_like(self._step_sums)
         self._window["kl"] += kl
         self._window["tokens"] += self._step_tokens
         if self.schedule is not None:

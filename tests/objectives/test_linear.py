@@ -187,3 +187,11 @@ def test_wrong_use_is_named():
         linear_distillation(hidden, head, target, Objective.named("taid"))
     with pytest.raises(TypeError, match="labels_N"):
         linear_distillation(hidden, head, None, Objective.named("sft"))
+
+
+def test_autocast_does_not_reach_the_products():
+    hidden, head, target, labels = case(40, 40)
+    plain = ours("taid", hidden, head, target, labels, 0.4, torch.ones(N), 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = ours("taid", hidden, head, target, labels, 0.4, torch.ones(N), 4)
+    assert torch.equal(plain[0].loss_N, cast[0].loss_N) and torch.equal(plain[1], cast[1])

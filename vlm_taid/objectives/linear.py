@@ -89,7 +89,8 @@ def linear_distillation(
         )
     chunk = chunk or max(1, CHUNK_BYTES // (4 * 4 * head.weight.shape[0]))
     call = _Call(head, target, objective, t, labels_N, weights_N, chunk, torch.is_grad_enabled())
-    loss_N, kl_N, ce_N = _LinearDistillation.apply(hidden_NH, head.weight, head.bias, call)
+    with torch.autocast(hidden_NH.device.type, enabled=False):  # it would make the products bf16
+        loss_N, kl_N, ce_N = _LinearDistillation.apply(hidden_NH, head.weight, head.bias, call)
     return LinearDistillationOutput(loss_N, kl_N, ce_N)
 
 
