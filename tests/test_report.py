@@ -82,7 +82,7 @@ def test_page(tmp_path, evaluations):
     assert "prefers-color-scheme: dark" in text
     for expected in ("with_taid", "with_sft", "taid, closed form", "agrees with teacher", "66.7 ± 21.1", "a &lt; b"):
         assert expected in text, expected
-    assert text.count("<figure>") == 2  # of three, so that no place of the two columns is empty
+    assert text.count("<figure>") == 4
     cards = re.findall(r'<div class="card">.*?</div></div>', text)
     assert len(cards) == 6
     differing = ["✗" in card for card in cards]

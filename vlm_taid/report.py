@@ -179,14 +179,17 @@ def _figures(runs: Sequence[Run]) -> str:
         ),
         ("Gradient norm", "Before clipping.", _curves(runs, "grad_norm", smooth=True)),
         ("Learning rate", "Of the first parameter group.", _curves(runs, "learning_rate")),
+        (
+            "Throughput",
+            "Supervised tokens a second, all ranks.",
+            _curves(runs, "answer_tokens_per_second", smooth=True),
+        ),
     ]
     figures = [
         f"<figure>{svg}<figcaption><b>{name}.</b> {html.escape(caption)}</figcaption></figure>"
         for name, caption, svg in drawn
         if svg
     ]
-    if len(figures) % 2 and len(figures) > 1:
-        figures.pop()  # an even number fills the page's two columns
     return f'<div class="figures">{"".join(figures)}</div>'
 
 
