@@ -1,6 +1,6 @@
 """Writes a trained model as it is shipped: bf16 safetensors and its processor, nothing of the run.
 
-    python data/ship_teacher.py --model runs/quickstart/teacher --output data/quickstart/teacher
+python data/ship_teacher.py --model runs/quickstart/teacher --output data/quickstart/teacher
 """
 
 import argparse

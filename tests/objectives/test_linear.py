@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vlm_taid.objectives import Head, HiddenSignal, Objective, linear_distillation, per_token
+from vlm_taid.objectives import Head, HiddenSignal, Objective, as_slice, linear_distillation, per_token
 
 N, H, G = 11, 16, 24
 
@@ -15,7 +15,7 @@ def case(V_student, V_teacher, *, bias=False, scale=1.0, softcap=None, columns=N
     def randn(*shape):
         return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
 
-    student_columns, teacher_columns = columns or (None, None)
+    student_columns, teacher_columns = (as_slice(ids) for ids in columns) if columns else (None, None)
     options = {"scale": scale, "softcap": softcap}
     student = Head(randn(V_student, H) * 0.5, randn(V_student) if bias else None, columns=student_columns, **options)
     teacher = Head(randn(V_teacher, G) * 0.5, randn(V_teacher) if bias else None, columns=teacher_columns, **options)
@@ -129,6 +129,18 @@ def test_bf16_gradients_stay_within_one_percent(name):
     assert off(out.loss_N.detach(), expected[0]) < 1e-5  # the logits are not rounded to bf16
     assert off(hidden_gradient, expected[1]) < 0.01
     assert off(weight_gradient, expected[2]) < 0.01
+
+
+@pytest.mark.parametrize("trains", ["weight", "bias"])
+def test_weight_and_bias_train_apart(trains):
+    hidden, head, target, labels = case(40, 40, bias=True)
+    expected = reference("taid", hidden, head, target, labels, 0.4, torch.ones(N).double())
+    weight, bias = head.weight.requires_grad_(trains == "weight"), head.bias.requires_grad_(trains == "bias")
+    out = linear_distillation(hidden, Head(weight, bias), target, Objective.named("taid"), t=0.4)
+    out.loss_N.sum().mul(3.0).backward()
+    found = {"weight": weight.grad, "bias": bias.grad}
+    assert off(found.pop(trains), expected[2 if trains == "weight" else 3]) < 5e-6
+    assert list(found.values()) == [None]
 
 
 def test_no_rows():

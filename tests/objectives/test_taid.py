@@ -117,7 +117,9 @@ def test_taid_is_zero_where_the_models_agree():
 
 def test_taid_at_one_is_forward_kl():
     student, teacher = logits(0), logits(1)
-    assert torch.equal(per_token("taid", student, teacher, t=1.0), per_token("fkl", student, teacher))
+    assert torch.equal(per_token("taid", student, teacher, t=1.0), per_token("fkl", student, teacher, t=0.3))
+    with pytest.raises(TypeError, match="t"):
+        per_token("taid", student, teacher)
 
 
 def test_values_found_by_hand_on_three_tokens():

@@ -76,7 +76,7 @@ def test_end_of_turn_is_the_special_token_and_nothing_after_it(text_encoder):
 
 def template(text_encoder, text):
     text_encoder.tokenizer.chat_template = text
-    return text_encoder
+    return StreamEncoder(text_encoder.tokenizer)
 
 
 def test_template_that_strips_answers(text_encoder):
@@ -91,6 +91,7 @@ def test_template_that_rewrites_earlier_answers_is_refused_with_the_turn(text_en
     """As templates of reasoning models do: thoughts stay in the last answer alone."""
     stripped = "{{- (message['content'].split('</think>')[-1] if not loop.last else message['content']) -}}"
     encoder = template(text_encoder, CHAT_TEMPLATE.replace("{{- message['content'] -}}", stripped))
+    assert supervised(encoder, encoder.encode(Conversation(turns("a", "yes", "b", "no"))))[0] == ("yes", "<|im_end|>")
     with pytest.raises(BadRow, match=r"rows\.jsonl:7: .*rewrites answer 1"):
         encoder.encode(Conversation(turns("a", "<think>x</think>yes", "b", "no"), row="rows.jsonl:7"))
     stream = encoder.encode(Conversation(turns("a", "<think>x</think>yes")))
@@ -100,7 +101,7 @@ def test_template_that_rewrites_earlier_answers_is_refused_with_the_turn(text_en
 def test_template_that_drops_a_turn_is_refused(text_encoder):
     last = CHAT_TEMPLATE.replace("for message in messages", "for message in messages[-2:]")
     with pytest.raises(BadRow, match="1 of 2 answers"):
-        template(text_encoder, last).encode(Conversation(turns("a", "yes", "b", "no")))
+        template(text_encoder, last)
 
 
 def test_answer_that_holds_the_templates_own_pieces(text_encoder):
@@ -115,15 +116,53 @@ def test_template_without_end_of_turn_is_refused_for_its_end(text_encoder):
         encoder.end_of_turn_id
 
 
-def test_token_over_the_prompts_end_is_context(text_encoder):
-    """'Ġcircle' holds the prompt's blank and the answer's word: no position of the answer predicts it alone."""
-    encoder = template(
-        text_encoder, "{% for m in messages %}{{ m['content'] + ('' if loop.last else ' ') }}{% endfor %}<|im_end|>"
-    )
+@pytest.mark.parametrize("trim", [True, False])
+def test_blank_before_the_answer_belongs_to_its_first_token(text_encoder, trim):
+    """'Ġcircle' after "ASSISTANT:": the model generates the blank, so the token is the answer's, at -1. The same
+    whether the tokenizer's offsets hold the blank or not."""
+    from tokenizers import processors
+
+    text_encoder.tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim)
+    joined = "{% for m in messages %}{{ m['content'] + (' ' if loop.index0 % 2 == 0 else '<|im_end|>') }}{% endfor %}"
+    encoder = template(text_encoder, joined)
     stream = encoder.encode(Conversation(turns("a red", "circle")))
-    answer = stream.answers[0]
     assert encoder.tokenizer.convert_ids_to_tokens(stream.input_ids_T.tolist())[-2:] == ["Ġcircle", "<|im_end|>"]
-    assert answer.tokens == [] or answer.starts == [-1]
+    assert stream.answers[0].tokens == [len(stream.input_ids_T) - 2] and stream.answers[0].starts == [-1]
+    assert stream.answers[0].straddling == 0
+
+
+def test_token_that_holds_prompt_and_answer_is_context(text_encoder):
+    """'circle' from "cir" + "cle" would be one token: no position predicts the answer's part alone."""
+    stream = text_encoder.encode(Conversation(turns("the qui", "ck brown fox"), templated=False))
+    answer = stream.answers[0]
+    decoded = text_encoder.tokenizer.convert_ids_to_tokens(stream.input_ids_T.tolist())
+    assert (
+        answer.straddling == 1 and decoded[answer.tokens[0] - 1] == "Ġquick" and decoded[answer.tokens[0]] == "Ġbrown"
+    )
+
+
+def test_special_token_of_the_next_turn_is_no_end(text_encoder):
+    """A template that ends turns with a newline alone: the next turn's start is not the end of this one."""
+    encoder = template(text_encoder, CHAT_TEMPLATE.replace("'<|im_end|>\n'", "'\n'"))
+    assert [answer.end_of_turn for answer in encoder.encode(Conversation(turns("a", "yes", "b", "no"))).answers] == [
+        None
+    ] * 2
+
+
+def test_processor_that_hides_its_image_tokens_is_refused(folders):
+    """Without replacement offsets the answers would be looked for in the wrong place."""
+    processor = load_processor(folders["llava"])
+    real = type(processor).__call__
+
+    class Silent(type(processor)):
+        def __call__(self, *args, **kwargs):
+            output = real(self, *args, **kwargs)
+            output.pop("text_replacement_offsets", None)
+            return output
+
+    processor.__class__ = Silent
+    with pytest.raises(InputError, match="does not tell how it expands images"):
+        StreamEncoder(processor)
 
 
 def test_plain_text_is_all_answer(text_encoder):
@@ -168,8 +207,10 @@ def test_same_processing(folders, tmp_path):
     larger = StreamEncoder(load_processor(families.llava(tmp_path / "larger", image=48)))
     assert same_processing(llava, again)
     assert not same_processing(llava, larger)
-    again.renderer.chat_template = CHAT_TEMPLATE.replace("user", "human")
-    assert same_processing(llava, again) is (again.renderer.chat_template == llava.renderer.chat_template)
+    again.renderer.chat_template = CHAT_TEMPLATE.replace("'<|im_end|>\n'", "'<|im_end|>'")
+    assert not same_processing(llava, again)
+    limited = StreamEncoder(load_processor(folders["llava"]), DataOptions(train=[], max_length=3))
+    assert not same_processing(limited, larger)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

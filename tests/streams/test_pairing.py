@@ -32,10 +32,10 @@ def folders(tmp_path_factory):
 
 
 def encoder(folders, name, template=None):
-    made = StreamEncoder(load_processor(folders[name]))
+    processor = load_processor(folders[name])
     if template is not None:
-        made.renderer.chat_template = template
-    return made
+        processor.chat_template = template
+    return StreamEncoder(processor)
 
 
 def paired_texts(student, teacher, row, minimum=0.5):
@@ -91,6 +91,16 @@ def test_other_texts_are_refused(folders):
     theirs = teacher.encode(Conversation(turns("what?", "no"), row="f.jsonl:3"))
     with pytest.raises(BadRow, match=r"f\.jsonl:3: answer 1 differs.*'yes'.*'no'"):
         align(mine, theirs, SharedVocabulary(student, teacher))
+
+
+def test_leading_blank_that_one_template_strips(folders):
+    """' ab' is [' ', 'ab'], 'ab' is ['a', 'b']: the same places, other text. Nothing but the boundaries pairs."""
+    stripping = CHAT_TEMPLATE.replace("{{- message['content'] -}}", "{{- message['content'] | trim -}}")
+    student, teacher = encoder(folders, "text"), encoder(folders, "text", stripping)
+    row = Conversation(turns("what?", " zq red circle"))
+    _, mine, theirs = paired_texts(student, teacher, row)
+    assert mine[-2:] == theirs[-2:] == ["Ġcircle", "<|im_end|>"]
+    assert all(a == b or a.strip("Ġ") == b for a, b in zip(mine, theirs, strict=True))
 
 
 def test_vocabulary_is_by_token_not_by_size(folders, tmp_path):

@@ -1,7 +1,7 @@
 """What the student is held against: the schedule of TAID, the objectives, and the fused loss over language heads."""
 
 from .divergences import per_token
-from .head import Head, redirected
+from .head import Head, as_slice, redirected
 from .linear import HiddenSignal, LinearDistillationOutput, TeacherSignal, linear_distillation
 from .objective import FKL, OBJECTIVES, RKL, SFT, TAID, Objective
 from .taid import TAIDSchedule
@@ -18,6 +18,7 @@ __all__ = [
     "Objective",
     "TAIDSchedule",
     "TeacherSignal",
+    "as_slice",
     "linear_distillation",
     "per_token",
     "redirected",

@@ -61,17 +61,18 @@ def per_token(
         name: a key of ``DIVERGENCES``.
         student_logits_NV: logits with gradient.
         teacher_logits_NV: logits over the same tokens; None for ``sft``.
-        t: the interpolation, for ``taid``.
-        labels_N: token ids, for ``sft``.
+        t: the interpolation, which ``taid`` reads.
+        labels_N: token ids, which ``sft`` reads.
 
     Returns:
         [N], in nats.
 
     Raises:
         KeyError: an unknown name.
-        TypeError: an argument that the objective needs is missing, or one that it does not know is given.
+        TypeError: t or labels_N is missing where it is read, or an option is unknown.
     """
-    arguments = {key: value for key, value in {"t": t, "labels_N": labels_N}.items() if value is not None}
+    reads = {"taid": ("t", t), "sft": ("labels_N", labels_N)}
+    arguments = dict([reads[name]]) if name in reads and reads[name][1] is not None else {}
     return DIVERGENCES[name](_fp32(student_logits_NV), _fp32(teacher_logits_NV), **arguments, **options)
 
 

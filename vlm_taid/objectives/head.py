@@ -51,7 +51,8 @@ class Head:
         bias: [V] or None.
         scale: factor on the logits (Granite divides by ``logits_scaling``, Cohere multiplies by ``logit_scale``).
         softcap: soft cap of the logits (Gemma 2), or None.
-        columns: this model's ids of the shared vocabulary, in the shared order ([C], or a slice); None: all rows.
+        columns: this model's ids of the shared vocabulary, in the shared order ([C]; a slice costs no copy, see
+            ``as_slice``); None: all rows.
     """
 
     weight: Tensor
@@ -59,10 +60,6 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
     columns: Tensor | slice | None = None
-
-    def __post_init__(self):
-        if isinstance(self.columns, Tensor):
-            object.__setattr__(self, "columns", as_slice(self.columns))
 
     @classmethod
     @torch.no_grad()
@@ -161,4 +158,6 @@ def _own_logits(model: Any, amplify: float) -> tuple[Tensor, Tensor]:
         hook.remove()
         for module, training in modes:
             module.training = training
+    if not kept:
+        raise InputError(f"{type(model).__name__}: its forward goes round its backbone, so its head cannot be proven")
     return kept[0], own_TV

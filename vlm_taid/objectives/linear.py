@@ -139,11 +139,11 @@ class _LinearDistillation(torch.autograd.Function):
         ctx.gradients = (None, None, None)
         if hidden_grad_NH is not None:
             hidden_grad_NH.mul_(loss_grad_N[:, None])
-        if weight_grad_VH is not None and len(loss_grad_N):
+        if (weight_grad_VH is not None or bias_grad_V is not None) and len(loss_grad_N):
             factor = loss_grad_N[0]
             if loss_grad_N.stride() != (0,) and not torch.equal(loss_grad_N, factor.expand_as(loss_grad_N)):
                 raise ValueError("loss_N of a trainable head is to be summed plainly: give weights as weights_N")
-            weight_grad_VH = weight_grad_VH.mul_(factor).to(ctx.dtypes[0])
+            weight_grad_VH = None if weight_grad_VH is None else weight_grad_VH.mul_(factor).to(ctx.dtypes[0])
             bias_grad_V = None if bias_grad_V is None else bias_grad_V.mul_(factor).to(ctx.dtypes[1])
         return hidden_grad_NH, weight_grad_VH, bias_grad_V, None
 

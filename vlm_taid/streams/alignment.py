@@ -81,7 +81,9 @@ def align(
 
 
 def _content_pairs(mine: Answer, theirs: Answer) -> list[tuple[int, int]]:
-    if mine.starts == theirs.starts:  # cut alike, also where a character takes several tokens
+    if mine.starts == theirs.starts and _lead(mine) == _lead(
+        theirs
+    ):  # cut alike, also where a character takes several tokens
         return list(zip(mine.tokens, theirs.tokens, strict=True))
     # elsewhere a place where two tokens begin is inside a character: no boundary
     lead = _lead(theirs) - _lead(mine)
@@ -98,5 +100,5 @@ def _content_pairs(mine: Answer, theirs: Answer) -> list[tuple[int, int]]:
 
 
 def _lead(answer: Answer) -> int:
-    """Characters of blank that the rendered answer begins with."""
+    """Characters of blank that the rendered answer begins with: what one template may keep and another strip."""
     return len(answer.text) - len(answer.text.lstrip())

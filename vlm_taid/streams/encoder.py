@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ class Answer:
         tokens: indices of its content tokens.
         starts: where each of them begins, in characters from the content's begin (-1: it holds a blank before it).
         end_of_turn: index of the end-of-turn token, or None where the template has none.
-        straddling: tokens that hold both content and something else; they are context, not answer.
+        straddling: tokens that hold both content and other text; they are context, not answer.
     """
 
     text: str
@@ -74,12 +73,13 @@ class StreamEncoder:
         options: DataOptions; ``max_length`` is used.
 
     Raises:
-        InputError: there is no chat template, or the tokenizer has no offsets.
+        InputError: the tokenizer has no offsets, or a proof fails: the answers found in two made-up rows must be
+            the ones that were put in.
     """
 
     def __init__(self, processor: Any, options: DataOptions | None = None):
         self.processor = processor
-        self.options = options or DataOptions(train=[])
+        self.max_length = (options or DataOptions(train=[])).max_length
         self.tokenizer = getattr(processor, "tokenizer", processor)
         name = type(self.tokenizer).__name__
         if not getattr(self.tokenizer, "is_fast", False):
@@ -98,21 +98,39 @@ class StreamEncoder:
         """A short row with a picture, if the model takes any: what fills a batch that would have none."""
         first = self.tokenizer("a").input_ids[:1]
         self.bos = self.tokenizer.bos_token if first == [self.tokenizer.bos_token_id] else ""
+        image_id = getattr(processor, "image_token_id", None)
+        self._ends = {i for i in self.special_ids if i != image_id}  # narrowed to the one token that ends answers
+        end = self._proven(self.filler)
+        self._ends = set() if end is None else {end}
+        if templated:
+            self._proven(Conversation((*turns, *turns), row="the two-turn row"))
 
-    @cached_property
+    def _proven(self, row: Conversation) -> int | None:
+        """The id that ends the row's last answer, if any, after a check that its answers are found as they are."""
+        stream = self.without_limit([row]).streams[0]
+        for answer in stream.answers:
+            found = self.tokenizer.decode(stream.input_ids_T[answer.tokens])
+            if found.strip() != answer.text.strip():
+                raise InputError(
+                    f"{type(self.processor).__name__}: in {row.row} the answer {answer.text!r} was found as {found!r}: "
+                    "the processor does not tell how it expands images, so its rows cannot be supervised"
+                )
+        last = stream.answers[-1].end_of_turn
+        return None if last is None else int(stream.input_ids_T[last])
+
+    @property
     def end_of_turn_id(self) -> int:
-        """The token that ends an answer, found by encoding one.
+        """The token that ends an answer.
 
         Raises:
             InputError: the chat template ends no answer with a special token.
         """
-        stream = self.encode(self.filler)
-        if stream.answers[-1].end_of_turn is None:
+        if not self._ends:
             raise InputError(
                 "the chat template ends an answer with no special token, so a model never learns to stop: "
                 "end the assistant's turn with the tokenizer's eos_token"
             )
-        return int(stream.input_ids_T[stream.answers[-1].end_of_turn])
+        return next(iter(self._ends))
 
     def encode(self, conversation: Conversation) -> Stream:
         """One conversation's stream.
@@ -145,6 +163,11 @@ class StreamEncoder:
             if len(conversations) > 1:  # which of them was it?
                 single = [self.encode_batch([conversation]).refused for conversation in conversations]
                 refused = {index: bad[0] for index, bad in enumerate(single) if bad}
+                if not refused:
+                    raise InputError(
+                        f"{type(self.processor).__name__} takes each of these rows alone and not together "
+                        f"({', '.join(conversation.row for conversation in conversations)}): {error}"
+                    ) from error
             refused = refused or {0: BadRow(conversations[0].row, f"the processor refuses it: {error}")}
             return EncodedBatch(refused=refused)
         offsets_BT2 = output.pop("offset_mapping")
@@ -152,7 +175,7 @@ class StreamEncoder:
         lengths_B = output["attention_mask"].sum(-1).tolist()
         streams = []
         for index, conversation in enumerate(conversations):
-            length, limit = lengths_B[index], self.options.max_length
+            length, limit = lengths_B[index], self.max_length
             if limit is not None and length > limit and conversation is not self.filler:
                 reason = (
                     f"{length} tokens, more than data.max_length = {limit}: raise it, lower the pixels, or drop the row"
@@ -162,11 +185,27 @@ class StreamEncoder:
             ids_T = output["input_ids"][index, :length]
             text = _expanded(texts[index], replaced_B[index])
             spans_here = [_shifted(span, replaced_B[index]) for span in spans[index]]
-            answers = self._answers(text, ids_T, offsets_BT2[index, :length], spans_here)
+            ends = self._ends if conversation.templated else {self.tokenizer.eos_token_id}
+            answers = _answers(text, ids_T.tolist(), offsets_BT2[index, :length].tolist(), spans_here, ends)
+            for answer in answers:  # some tokenizers' offsets leave out the blank that a token holds
+                if answer.starts[:1] == [0] and not answer.text[0].isspace():
+                    first = self.tokenizer.convert_ids_to_tokens(int(ids_T[answer.tokens[0]]))
+                    answer.starts[0] = -1 if first[0] in "Ġ▁" else 0
             streams.append(Stream(conversation.row, text, ids_T, answers))
         if refused:
             return EncodedBatch(refused=refused)
         return EncodedBatch(streams, dict(output))
+
+    def without_limit(self, conversations: Sequence[Conversation]) -> EncodedBatch:
+        """Encodes rows of our own making, whatever ``max_length`` is."""
+        limit, self.max_length = self.max_length, None
+        try:
+            batch = self.encode_batch(conversations)
+        finally:
+            self.max_length = limit
+        if batch.refused:
+            raise next(iter(batch.refused.values()))
+        return batch
 
     def _render(self, conversations: Sequence[Conversation]) -> list[tuple[str, list[str]]]:
         """Each conversation's text, and the fixed pieces round its answers."""
@@ -219,25 +258,6 @@ class StreamEncoder:
             options["images"] = images
         return dict(self.processor(text=texts, **options))
 
-    def _answers(self, text: str, ids_T: Tensor, offsets_T2: Tensor, spans: list[tuple[int, int]]) -> list[Answer]:
-        begin_T, end_T = offsets_T2[:, 0], offsets_T2[:, 1]
-        answers = []
-        for number, (start, stop) in enumerate(spans):
-            overlaps_T = (begin_T < stop) & (end_T > start) & (end_T > begin_T)
-            inside_T = overlaps_T & (begin_T >= start) & (end_T <= stop)
-            tokens = inside_T.nonzero()[:, 0].tolist()
-            starts = (begin_T[inside_T] - start).tolist()
-            if tokens and text[start] != " " and self.tokenizer.convert_ids_to_tokens(int(ids_T[tokens[0]]))[0] in "Ġ▁":
-                starts[0] = -1
-            limit = spans[number + 1][0] if number + 1 < len(spans) else len(text) + 1
-            end_of_turn = next(
-                (i for i in range(_first(begin_T >= stop), len(ids_T)) if int(ids_T[i]) in self.special_ids), None
-            )
-            if end_of_turn is not None and int(begin_T[end_of_turn]) >= limit:
-                end_of_turn = None
-            answers.append(Answer(text[start:stop], tokens, starts, end_of_turn, int(overlaps_T.sum()) - len(tokens)))
-        return answers
-
 
 def same_processing(student: StreamEncoder, teacher: StreamEncoder) -> bool:
     """Whether one encoding serves both models: equal serialised settings, and equal outputs on probe rows."""
@@ -248,7 +268,7 @@ def same_processing(student: StreamEncoder, teacher: StreamEncoder) -> bool:
         for text in texts:
             parts = [Part(text)] + ([Part(image=Image.new("RGB", size, (200, 30, 60)))] if size else [])
             probe = Conversation((Turn("user", tuple(parts)), Turn("assistant", (Part("yes"),))), row="a probe row")
-            a, b = student.encode_batch([probe]).inputs, teacher.encode_batch([probe]).inputs
+            a, b = student.without_limit([probe]).inputs, teacher.without_limit([probe]).inputs
             if a.keys() != b.keys() or any(isinstance(a[key], Tensor) and not torch.equal(a[key], b[key]) for key in a):
                 return False
     return True
@@ -314,6 +334,28 @@ def _expanded(text: str, replaced: list[dict]) -> str:
     return "".join([*pieces, text[at:]])
 
 
-def _first(mask_T: Tensor) -> int:
-    found = mask_T.nonzero()
-    return int(found[0]) if len(found) else len(mask_T)
+def _answers(
+    text: str, ids: list[int], offsets: list[list[int]], spans: list[tuple[int, int]], ends: set[int]
+) -> list[Answer]:
+    """The tokens of each answer's span, and the token of ``ends`` that follows it with nothing but blanks between."""
+    answers = []
+    for start, stop in spans:
+        tokens, starts, straddling, end_of_turn = [], [], 0, None
+        for i, (begin, end) in enumerate(offsets):
+            if end <= start or end == begin:
+                continue
+            if begin >= stop:
+                if text[stop:begin].strip():
+                    break
+                if ids[i] in ends:
+                    end_of_turn = i
+                    break
+                continue
+            # a blank before the answer, which a model generates with its first word, is the answer's
+            if end <= stop and (begin >= start or text[begin:start].isspace()):
+                tokens.append(i)
+                starts.append(max(begin - start, -1))
+            else:
+                straddling += 1
+        answers.append(Answer(text[start:stop], tokens, starts, end_of_turn, straddling))
+    return answers
