@@ -7,9 +7,12 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from tests import families, runs
 from vlm_taid.cli import main
+from vlm_taid.pretrained import ModelOptions, load_model, load_processor
 from vlm_taid.recipe import Recipe
 
 
@@ -125,6 +128,11 @@ def test_long_row_is_named_and_never_cut(recipe, capfd):
         (["--data.train", "[]"], "data.train"),
         (["--objective.name", "fkl", "--objective.alpha", "0.1"], "objective.alpha"),
         (["--teacher.zero_stage", "3"], "teacher.zero_stage"),
+        (["--training.eval_strategy", "steps"], "data.validation"),
+        (["--training.train_sampling_strategy", "group_by_length"], "group_by_length"),
+        (["--training.resume_from_checkpoint", "x"], "training.resume"),
+        (["--training.optim", "adamw_bnb_8bit"], "bitsandbytes"),
+        (["--student.attn_implementation", "flash_attention_2"], "FlashAttention"),
         (["--training.deepspeed", "configs/deepspeed/zero2.json"], "deepspeed --num_gpus"),
     ],
 )
@@ -145,21 +153,26 @@ def test_unknown_command(capfd):
     assert "distill, eval, report" in fails(capfd, "distil")
 
 
-def test_vocabularies_that_share_no_tokens(recipe, capfd, tmp_path):
+def test_vocabularies_that_share_few_tokens(recipe, capfd, tmp_path):
+    """A teacher whose tokenizer marks blanks in another way and knows words alone."""
     path, _ = recipe
     student = Path(yaml.safe_load(path.read_text())["student"]["path"])
-    other = tmp_path / "other"
-    other.mkdir()
-    for file in student.iterdir():
-        (other / file.name).write_bytes(file.read_bytes())
-    tokenizer = json.loads((other / "tokenizer.json").read_text())
-    special = {token["content"] for token in tokenizer["added_tokens"]}
-    vocab = tokenizer["model"]["vocab"]
-    tokenizer["model"]["vocab"] = {(k if k in special else f"§{k}"): v for k, v in vocab.items()}
-    tokenizer["model"]["merges"] = []
-    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    message = fails(capfd, "distill", "--config", path, "--teacher.path", other)
-    assert "share" in message and "tokenizer" in message
+    processor = load_processor(student)
+    words = Tokenizer(models.WordLevel(unk_token="[unk]"))
+    lines = pre_tokenizers.Split("\n", "isolated")
+    words.pre_tokenizer = pre_tokenizers.Sequence([lines, pre_tokenizers.Metaspace(prepend_scheme="never")])
+    special = processor.tokenizer.all_special_tokens
+    words.train_from_iterator(
+        ["Hello", "user\n", *families.TEXTS], trainers.WordLevelTrainer(special_tokens=["[unk]", *special])
+    )
+    processor.tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<|im_end|>", pad_token="<|pad|>", additional_special_tokens=special
+    )
+    model = load_model(ModelOptions(str(student)))
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    message = fails(capfd, "distill", "--config", path, "--teacher.path", tmp_path)
+    assert "vocabularies share" in message and "of one tokenizer" in message
 
 
 def test_model_folder_without_weights_and_with_a_pickle(recipe, capfd, tmp_path):
@@ -174,6 +187,21 @@ def test_model_folder_without_weights_and_with_a_pickle(recipe, capfd, tmp_path)
         if name == "pickled":
             torch.save({}, folder / "pytorch_model.bin")
         assert expected in fails(capfd, "distill", "--config", path, "--student.path", folder)
+
+
+def test_no_usable_row_is_no_success(recipe, capfd):
+    message = fails(capfd, "distill", "--config", recipe[0], "--data.on_bad_row=skip", "--data.max_length=3")
+    assert "no row can be trained on" in message and "max_length" in message
+
+
+def test_damaged_weights_are_named(recipe, capfd, tmp_path):
+    path, _ = recipe
+    student = Path(yaml.safe_load(path.read_text())["student"]["path"])
+    for file in student.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert str(tmp_path) in fails(capfd, "distill", "--config", path, "--student.path", tmp_path)
 
 
 def test_print_config_is_commented_and_loads(recipe, capsys):
@@ -216,3 +244,14 @@ def test_eval_of_bad_input(recipe, capfd, tmp_path):
     missing_image(data)
     message = fails(capfd, "eval", "run", "--model", student, "--data", f"a={data}", "--num_workers", "1")
     assert f"{data}:2" in message and "gone.png" in message
+
+
+def test_quickstart_students_differ_in_the_objective_alone():
+    """The two recipes that scripts/quickstart.sh runs."""
+    sft = ["--objective.name", "sft", "--training.output_dir", "runs/quickstart/sft"]
+    taid, other = Recipe.load("configs/quickstart.yaml"), Recipe.load("configs/quickstart.yaml", sft)
+    script = Path("scripts/quickstart.sh").read_text()
+    assert "--config configs/quickstart.yaml" in script and "train taid taid" in script and "train sft sft" in script
+    assert taid.student == other.student and taid.data == other.data
+    assert taid.training | {"output_dir": ""} == other.training | {"output_dir": ""}
+    assert Recipe.load("configs/quickstart_teacher.yaml").objective.name == "sft"

@@ -4,7 +4,6 @@ import json
 import random
 import signal
 import subprocess
-import sys
 import time
 
 import psutil
@@ -68,22 +67,44 @@ def test_killed_run_ends_as_if_it_had_not_been(pair, ranks):
     equal(run, reference)
 
 
-def test_sigterm_saves_and_exits_zero(pair):
-    recipe = pair("terminated")
-    run = runs.output_of(recipe)
-    reference = runs.here(pair("not_terminated"))
-    process = psutil.Popen(runs.command(recipe, None), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_saves_and_every_rank_exits_zero(pair, ranks):
+    """The signal goes to the ranks and their DataLoader workers, as launchers send it."""
+    more = {"deepspeed": runs.deepspeed_config(2), "per_device_train_batch_size": 2} if ranks == 2 else {}
+    recipe, whole = pair(f"terminated{ranks}", **more), pair(f"not_terminated{ranks}", **more)
+    run, launcher = runs.output_of(recipe), "deepspeed" if ranks == 2 else None
+    reference = runs.launched(whole, launcher) if ranks == 2 else runs.here(whole)
+    process = psutil.Popen(runs.command(recipe, launcher), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     reached = logged(run, 15)
     while not reached():
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    everyone = [process, *process.children(recursive=True)]
+    mine = [p for p in everyone if "vlm_taid" in p.cmdline() and "deepspeed" not in " ".join(p.cmdline()[:5])]
+    assert len(mine) >= 2 * ranks  # ranks and workers
+    for victim in mine:
+        victim.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
     assert not (run / "complete.json").exists()
     checkpoint = newest_whole(run)
     assert checkpoint is not None and int(checkpoint.name.split("-")[1]) % 10 != 0  # saved where it was stopped
-    runs.here(recipe)
+    runs.launched(recipe, launcher) if ranks == 2 else runs.here(recipe)
     equal(run, reference)
+
+
+def test_killed_while_the_last_model_is_written(pair):
+    """All steps are done and saved: nothing is trained again."""
+    recipe = pair("late", max_steps=20)
+    run = runs.here(recipe)
+    before = runs.weights(run)
+    (run / "complete.json").unlink()
+    (run / "model.safetensors").unlink()
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"loss": 1.0, "st')  # half a line, as a killed run leaves it
+    runs.here(recipe)
+    assert all(torch.equal(before[key], value) for key, value in runs.weights(run).items())
+    assert json.loads((run / "trainer_state.json").read_text())["global_step"] == 20
+    assert not (run / ".partial").exists()
 
 
 def test_broken_checkpoint_is_passed_over(pair):
@@ -126,9 +147,15 @@ def test_another_recipe_in_the_same_folder_is_refused(pair):
 def test_private_methods_of_the_trainer_are_still_there():
     from transformers import Trainer
 
-    for name in ("_save_checkpoint", "_init_training_state", "_get_output_dir", "get_batch_samples", "evaluation_loop"):
+    for name in (
+        "_save_checkpoint",
+        "_init_training_state",
+        "_get_output_dir",
+        "get_batch_samples",
+        "evaluation_loop",
+        "_run_epoch",
+    ):
         assert callable(getattr(Trainer, name))
-    assert sys.version_info >= (3, 11)
 
 
 def test_t_does_not_move_in_evaluation(pair):

@@ -65,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         COMMANDS[command](rest)
+    except ImportError as error:  # an optimizer, a log back end or an attention that is not installed
+        print(f"vlm-taid {command}: {error}", file=sys.stderr)
+        return 2
     except InputError as error:
         # an error of a DataLoader worker comes with the worker's traceback in front
         message = str(error).rsplit("vlm_taid.errors.BadRow: ", 1)[-1].strip()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import transformers
 import yaml
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 
 from .checkpoints import MANIFEST, broken, newest_whole
@@ -40,10 +43,16 @@ def distill(recipe: Recipe) -> Path:
     """
     arguments = recipe.arguments()
     output = Path(arguments.output_dir)
-    if arguments.resume == "auto" and (output / DONE).is_file() and not _changed(recipe, output):
-        print(f"{output} is complete; --training.resume never trains it anew")
+    complete, checkpoint = _decided_by_rank_zero(
+        lambda: (
+            arguments.resume == "auto" and (output / DONE).is_file() and not _changed(recipe, output),
+            _checkpoint(arguments, recipe, output),
+        )
+    )
+    if complete:
+        if arguments.process_index == 0:
+            print(f"{output} is complete; --training.resume never trains it anew")
         return output
-    checkpoint = _checkpoint(arguments, recipe, output)
     set_seed(arguments.seed)
     trainer = build_trainer(recipe, arguments)
     if trainer.is_world_process_zero():
@@ -56,7 +65,7 @@ def distill(recipe: Recipe) -> Path:
     trainer.stop_on_sigterm()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     _report_refused(trainer, output)
-    if trainer.stopped:
+    if trainer.stopped and trainer.state.global_step < trainer.state.max_steps:
         trainer.accelerator.print(
             f"stopped by SIGTERM after step {trainer.state.global_step}: run the same command to go on"
         )
@@ -69,6 +78,20 @@ def distill(recipe: Recipe) -> Path:
         (output / DONE).write_text(json.dumps({"global_step": trainer.state.global_step}))
     trainer.accelerator.wait_for_everyone()
     return output
+
+
+def _decided_by_rank_zero(decide: Callable[[], Any]) -> Any:
+    """One decision for all ranks: they may see other files, or the same ones at another time."""
+    answer: list[Any] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            answer[0] = decide()
+        except InputError as error:
+            answer[1] = str(error)
+    broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise InputError(answer[1])
+    return answer[0]
 
 
 def build_trainer(recipe: Recipe, arguments: DistillationArguments) -> DistillationTrainer:

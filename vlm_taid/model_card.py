@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers.trainer_pt_utils import get_model_param_count
 
 from .recipe import Recipe
 
@@ -48,9 +50,9 @@ def model_card(recipe: Recipe, state: Any, model: Any) -> str:
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
 
-# {recipe.student.path}, by {method}
+# {Path(recipe.student.path).name}, by {method}
 
-- student: `{recipe.student.path}`, {model.num_parameters() / 1e6:.1f} M parameters
+- student: `{recipe.student.path}`, {get_model_param_count(model) / 1e6:.1f} M parameters
 {teacher}{data}- optimizer steps: {state.global_step}
 - last training loss: {last.get("loss", float("nan")):.4f} nats per answer token
 

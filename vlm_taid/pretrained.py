@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -74,7 +75,7 @@ def load_model(options: ModelOptions) -> PreTrainedModel:
             output_loading_info=True,
             **settings,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise InputError(f"{options.path}: the model cannot be loaded: {_first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise InputError(
@@ -105,6 +106,7 @@ def check_weights(path: str | Path) -> None:
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
         return
     pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern))
+    pickles = [name for name in pickles if name != "training_args.bin"]
     if pickles:
         raise InputError(
             f"{path}: its weights are a pickle ({pickles[0]}), which can run code when it is opened: save them as "

@@ -22,6 +22,8 @@ from .students import StudentOptions
 from .teachers import TeacherOptions
 from .trainer import DistillationArguments
 
+GATHER = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+
 
 @dataclass
 class ObjectiveOptions:
@@ -113,6 +115,18 @@ class Recipe:
             raise InputError(f"objective.name is {objective.name}, which needs teacher.path")
         if self.teacher is not None and self.teacher.zero_stage == 3 and not self.training.get("deepspeed"):
             raise InputError("teacher.zero_stage is 3, which needs training.deepspeed and a launcher; 0 needs neither")
+        training = self.training
+        if training.get("eval_strategy", "no") != "no" and not self.data.validation:
+            raise InputError("training.eval_strategy is set and data.validation is empty: give at least one source")
+        if training.get("train_sampling_strategy") == "group_by_length":
+            raise InputError(
+                "training.train_sampling_strategy: rows are encoded when they are needed, so their lengths are not "
+                "known for group_by_length: use random or sequential"
+            )
+        if training.get("label_smoothing_factor"):
+            raise InputError("training.label_smoothing_factor has no meaning here: the objective makes the targets")
+        if training.get("resume_from_checkpoint"):
+            raise InputError("training.resume_from_checkpoint is called training.resume here")
         if not self.data.train:
             raise InputError("data.train is empty: give at least one source")
         self.objective.schedule()
@@ -137,6 +151,10 @@ class Recipe:
             arguments = DistillationArguments(**{**self.training, **on_cpu})
         except (ValueError, ImportError) as error:
             raise InputError(f"training: {error}") from error
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # one process drives one GPU: more come by a launcher
+        config = arguments.hf_deepspeed_config if wants_deepspeed else None
+        if config is not None and config.is_zero3() and not config.get_value(GATHER):
+            raise InputError(f"training.deepspeed: ZeRO-3 needs {GATHER}: true, or no model would be saved at the end")
         if wants_deepspeed and not deepspeed.comm.is_initialized():  # from_pretrained shards under ZeRO-3
             deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
         return arguments

@@ -11,20 +11,32 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sized
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from .checkpoints import PARTIAL, publish
-from .objectives import FKL, Head, LinearDistillationOutput, Objective, TAIDSchedule, linear_distillation, redirected
+from .errors import InputError
+from .objectives import (
+    FKL,
+    Head,
+    LinearDistillationOutput,
+    Objective,
+    TAIDSchedule,
+    as_slice,
+    linear_distillation,
+    redirected,
+)
 from .pretrained import vision_towers
 from .streams import PairedBatch, PairedCollator
 from .teachers import LiveTeacher
@@ -85,18 +97,19 @@ class DistillationTrainer(Trainer):
     ):
         super().__init__(model, args, data_collator=collator, **trainer_options)
         self.objective, self.teacher, self.schedule, self.chunk = objective, teacher, schedule, chunk
-        self.shared = collator.shared
-        vocabulary = collator.vocabulary
-        self.student_columns = None if vocabulary is None else vocabulary.student_columns_C.to(args.device)
-        self.teacher_columns = None if vocabulary is None else vocabulary.teacher_columns_C.to(args.device)
+        self.collator = collator
+        self.columns: Tensor | slice | None = None  # the student's, of the shared vocabulary
+        if teacher is not None and collator.vocabulary is not None:
+            self.columns = as_slice(collator.vocabulary.student_columns_C.to(args.device))
+            teacher.share(as_slice(collator.vocabulary.teacher_columns_C.to(args.device)))
         self.quiet_towers = [] if tower_training else vision_towers(model)
         self.head: Head | None = None  # proven at the first forward, inside the wrapper
         self.refused: Counter[str] = Counter()  # messages of this rank's refused rows
-        self.refused_rows = 0  # over all ranks
+        self.refused_rows = self.seen_tokens = 0  # over all ranks
         self.stop_requested = self.stopped = False
         self._step_sums = torch.zeros(2, dtype=torch.float64, device=args.device)
         self._step_tokens = 0.0
-        self._window = {"kl": 0.0, "tokens": 0.0, "since": time.perf_counter()}
+        self._window = _Window()
         self._saving = False
         self.add_callback(_EndOfStep(self))
 
@@ -105,15 +118,24 @@ class DistillationTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The micro-batches of one optimizer step, and its answer tokens over all ranks (at least 1)."""
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
-        tokens = sum(len(batch["labels_N"]) for batch in batches)
         for batch in batches:
             self.refused.update(batch["refused"])
-        refused = sum(len(batch["refused"]) for batch in batches)
-        counts = torch.tensor([tokens, refused, self.stop_requested], dtype=torch.float64, device=device)
-        tokens, refused, stop = self._sum_over_ranks(counts).tolist()  # one collective carries SIGTERM too
+        mine = [
+            sum(len(batch["labels_N"]) for batch in batches),
+            sum(len(batch["refused"]) for batch in batches),
+            self.stop_requested,
+            *(sum(values) for values in zip(*(batch["pairing"] for batch in batches), strict=True)),
+        ]
+        # one collective carries all counts, SIGTERM too
+        counts = self._sum_over_ranks(torch.tensor(mine, dtype=torch.float64, device=device)).tolist()
+        tokens, refused, stop, *pairing = counts
         self.stopped = stop > 0
         self.refused_rows += int(refused)
+        self.seen_tokens += int(tokens)
+        if self.seen_tokens == 0 and self.refused_rows >= min(100, len(cast(Sized, self.train_dataset))):
+            raise InputError(f"no row can be trained on; the first refused: {next(iter(self.refused), 'another rank')}")
         self._step_tokens = tokens
+        self._window.pairing = [a + b for a, b in zip(self._window.pairing, pairing, strict=True)]
         return batches, max(tokens, 1.0)
 
     def compute_loss(
@@ -132,8 +154,7 @@ class DistillationTrainer(Trainer):
         student: Any = self.accelerator.unwrap_model(model)
         target, gathered = None, nullcontext()
         if self.teacher is not None and objective.uses_teacher:
-            inputs = batch["student"] if self.shared else batch["teacher"]
-            target = self.teacher.signal(inputs, batch["teacher_rows_N"], self.teacher_columns)
+            target = self.teacher.signal(batch)
             gathered = self.teacher.gathered()
 
         # plain tuples of tensors leave the wrappers: their backward hooks see nothing else
@@ -146,7 +167,7 @@ class DistillationTrainer(Trainer):
 
         def forward() -> tuple[Tensor, Tensor, Tensor]:
             if self.head is None:
-                self.head = Head.of(student, self.student_columns)
+                self.head = Head.of(student, self.columns)
             hidden_NH = hidden_at(student, batch["student"], batch["student_rows_N"])
             output = student.get_output_embeddings()
             return redirected(output, output, at_the_head, hidden_NH)
@@ -156,6 +177,11 @@ class DistillationTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: PairedBatch) -> PairedBatch:
         return inputs.to(self.args.device)
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        loader.worker_init_fn = partial(_deaf_worker, loader.worker_init_fn)
+        return loader
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return super().floating_point_ops(inputs["student"])
@@ -168,10 +194,12 @@ class DistillationTrainer(Trainer):
 
     def end_of_step(self) -> None:
         """Moves t and counts, after the optimizer step of ``state.global_step - 1``."""
+        self._window.tokens += self._step_tokens
+        if self.teacher is None:
+            return
         ce, kl = self._sum_over_ranks(self._step_sums).tolist()
         self._step_sums = torch.zeros_like(self._step_sums)
-        self._window["kl"] += kl
-        self._window["tokens"] += self._step_tokens
+        self._window.kl += kl
         if self.schedule is not None:
             value = ce if self.schedule.signal == "ce" else kl
             mean = value / self._step_tokens if self._step_tokens else float("nan")
@@ -180,10 +208,15 @@ class DistillationTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds t, KL and throughput to the training logs, and writes every log to metrics.jsonl."""
         if "loss" in logs:
-            window, now = self._window, time.perf_counter()
-            tokens = window["tokens"]
+            window, self._window = self._window, _Window()
+            tokens = window.tokens
             if self.teacher is not None:
-                logs["kl"] = window["kl"] / max(tokens, 1.0)
+                logs["kl"] = window.kl / max(tokens, 1.0)
+            if not self.collator.shared:
+                rows, share, first_unpaired, identical = window.pairing
+                logs["paired_share"] = share / max(rows, 1.0)
+                logs["first_tokens_unpaired"] = first_unpaired
+                logs["identical_next_share"] = identical / max(rows, 1.0)
             if self.schedule is not None:
                 logs["t"] = self.schedule.t
                 logs["t_closed_form"] = self.schedule.closed_form(self.state.global_step - 1, self.state.max_steps)
@@ -191,10 +224,9 @@ class DistillationTrainer(Trainer):
                 logs["momentum"] = self.schedule.momentum
                 logs["skipped_updates"] = self.schedule.skipped_updates
             logs["answer_tokens"] = tokens
-            logs["answer_tokens_per_second"] = tokens / max(now - window["since"], 1e-9)
+            logs["answer_tokens_per_second"] = tokens / max(self._window.since - window.since, 1e-9)
             if self.refused_rows:
                 logs["refused_rows"] = self.refused_rows
-            self._window = {"kl": 0.0, "tokens": 0.0, "since": now}
         super().log(logs, start_time)
         if self.is_world_process_zero():
             with open(self.metrics_file, "a") as file:
@@ -217,11 +249,14 @@ class DistillationTrainer(Trainer):
         model: Any = self.model_wrapped
         model.eval()
         objective = FKL() if self.schedule is not None else self.objective
-        sums_B3 = []
+        sums_B3, refused, began = [], 0, time.perf_counter()
         # a DataLoader draws a seed when it starts: without the fork, evaluation would change training's dropout
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices):
             for batch in dataloader:
+                for message in batch["refused"]:
+                    self.refused[message] = max(self.refused[message], 1)
+                refused += len(batch["refused"])
                 batch = self._prepare_inputs(batch)
                 output = self._objective(model, batch, objective, None)
                 rows_B3 = torch.zeros(batch["num_rows"], 3, dtype=torch.float64, device=self.args.device)
@@ -235,7 +270,10 @@ class DistillationTrainer(Trainer):
             f"{metric_key_prefix}_cross_entropy": ce / max(tokens, 1.0),
             f"{metric_key_prefix}_answer_tokens": tokens,
         }
-        self._window["since"] = time.perf_counter()
+        counted = torch.tensor([float(refused)], dtype=torch.float64, device=self.args.device)
+        if refused := self._sum_over_ranks(counted).item():
+            metrics[f"{metric_key_prefix}_refused_rows"] = refused
+        self._window.since += time.perf_counter() - began  # throughput is training's
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(torch.cat(sums_B3)))  # pyright: ignore[reportArgumentType]
 
     # -- state ---------------------------------------------------------------------------------------------------
@@ -252,8 +290,14 @@ class DistillationTrainer(Trainer):
                 self.schedule.load_state_dict(attributes["schedule"])
         if self.is_world_process_zero():
             _keep_until(self.metrics_file, self.state.global_step)
-        self._window["since"] = time.perf_counter()
+        self._window = _Window()
         return found
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:  # resumed from the last step: only the saving is left
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
 
     def store_state(self) -> None:
         """Puts the trainer's own state into TrainerState; every rank must call."""
@@ -284,13 +328,14 @@ class DistillationTrainer(Trainer):
         finally:
             self.args.save_total_limit, self._saving = limit, False
         self.accelerator.wait_for_everyone()
+        best = self.state.best_model_checkpoint
+        if best is not None and PARTIAL in Path(best).parts:
+            self.state.best_model_checkpoint = str(run / Path(best).name)
         if self.args.should_save:
-            partial = run / PARTIAL / name
-            best = self.state.best_model_checkpoint
-            if best is not None and PARTIAL in Path(best).parts:
-                self.state.best_model_checkpoint = str(run / Path(best).name)
-                self.state.save_to_json(str(partial / "trainer_state.json"))
-            publish(partial, run / name, self.accelerator.num_processes)
+            beside = run / PARTIAL / name
+            self.state.save_to_json(str(beside / "trainer_state.json"))
+            publish(beside, run / name, self.accelerator.num_processes)
+            beside.parent.rmdir()
             rotate_checkpoints(
                 output_dir=str(run),
                 save_total_limit=limit,
@@ -304,6 +349,23 @@ class DistillationTrainer(Trainer):
     def stop_on_sigterm(self) -> None:
         """From now on SIGTERM ends training after the step in hand, with a checkpoint."""
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop_requested", True))
+
+
+@dataclass
+class _Window:
+    """What is summed between two logs."""
+
+    kl: float = 0.0
+    tokens: float = 0.0
+    pairing: list[float] = field(default_factory=lambda: [0.0] * 4)
+    since: float = field(default_factory=time.perf_counter)
+
+
+def _deaf_worker(then: Callable[[int], None] | None, worker: int) -> None:
+    """Workers leave SIGTERM, which launchers send to all processes, to their rank: it needs them for its last step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if then is not None:
+        then(worker)
 
 
 class _EndOfStep(TrainerCallback):
@@ -320,5 +382,8 @@ class _EndOfStep(TrainerCallback):
 def _keep_until(metrics: Path, step: int) -> None:
     """Drops the log lines of steps that a resumed run makes again."""
     if metrics.is_file():
-        lines = [line for line in metrics.read_text().splitlines() if json.loads(line).get("step", 0) <= step]
-        metrics.write_text("".join(line + "\n" for line in lines) if step else "")
+        kept = []
+        for line in metrics.read_text().splitlines() if step else []:
+            with suppress(ValueError):  # a killed run may have written half a line
+                kept += [line] if json.loads(line).get("step", 0) <= step else []
+        metrics.write_text("".join(line + "\n" for line in kept))

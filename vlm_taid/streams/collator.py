@@ -5,7 +5,7 @@ Legend: B rows, T positions, N paired answer tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,15 +28,22 @@ class PairedBatch(dict):
         row_of_N: each answer token's row, as its place in what the collator was given.
         num_rows: rows that the collator was given.
         refused: messages of the rows left out.
+        pairing: rows, sum of their content shares, first tokens unpaired, sum of identical-next shares (``Alignment``).
     """
 
     def to(self, device: Any, non_blocking: bool = False) -> PairedBatch:
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PairedBatch:
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PairedBatch:
         moved: dict[int, Any] = {}
 
         def move(value: Any) -> Any:
             if id(value) not in moved:
                 if isinstance(value, torch.Tensor):
-                    moved[id(value)] = value.to(device, non_blocking=non_blocking)
+                    moved[id(value)] = change(value)
                 elif isinstance(value, dict):
                     moved[id(value)] = {key: move(item) for key, item in value.items()}
                 else:
@@ -106,6 +113,12 @@ class PairedCollator:
             row_of_N=torch.tensor(row_of, dtype=torch.long),
             num_rows=len(conversations),
             refused=[str(row) for row in refused],
+            pairing=[
+                float(len(pairs)),
+                sum(pair.content_share for pair in pairs),
+                float(sum(pair.first_unpaired for pair in pairs)),
+                sum(pair.identical_next_share for pair in pairs),
+            ],
         )
 
     def _pair(self, student: Stream, teacher: Stream) -> Alignment:

@@ -112,8 +112,9 @@ class StreamEncoder:
             found = self.tokenizer.decode(stream.input_ids_T[answer.tokens])
             if found.strip() != answer.text.strip():
                 raise InputError(
-                    f"{type(self.processor).__name__}: in {row.row} the answer {answer.text!r} was found as {found!r}: "
-                    "the processor does not tell how it expands images, so its rows cannot be supervised"
+                    f"{type(self.processor).__name__}: in {row.row} the answer {answer.text!r} was found as {found!r}, "
+                    "so rows cannot be supervised: the processor does not tell how it expands images, or the tokenizer "
+                    "cannot write the answer"
                 )
         last = stream.answers[-1].end_of_turn
         return None if last is None else int(stream.input_ids_T[last])

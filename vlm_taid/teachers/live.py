@@ -6,9 +6,9 @@ Legend: N paired positions, G teacher width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -40,7 +40,8 @@ class LiveTeacher:
         options: TeacherOptions.
         device: where a teacher that is not sharded lives.
 
-    Load it after the student: from_pretrained must not see the student's DeepSpeed config.
+    Load it after the student: from_pretrained must not see the student's DeepSpeed config. Set ``head.columns`` by
+    ``share`` when the shared vocabulary is known.
     """
 
     def __init__(self, options: TeacherOptions, device: torch.device):
@@ -58,15 +59,15 @@ class LiveTeacher:
         engine.eval()
         return engine
 
-    @torch.no_grad()
-    def signal(self, inputs: dict[str, Any], rows_N: Tensor, columns: Tensor | slice | None = None) -> HiddenSignal:
-        """Hidden states at the rows of the flattened batch, and the head cut to the shared vocabulary's columns.
+    def share(self, columns: Tensor | slice) -> None:
+        """Cuts the head to the teacher's ids of the shared vocabulary."""
+        self.head = replace(self.head, columns=columns)
 
-        Inside ``gathered()`` only, the head's weight is there.
-        """
-        hidden_NG = redirected(self.wrapper, self.model, lambda: hidden_at(self.model, inputs, rows_N))
-        head = Head(self.head.weight, self.head.bias, self.head.scale, self.head.softcap, columns)
-        return HiddenSignal(hidden_NG, head)
+    @torch.no_grad()
+    def signal(self, batch: Mapping[str, Any]) -> HiddenSignal:
+        """Hidden states at a PairedBatch's ``teacher_rows_N``, and the head; its weight is there in ``gathered()``."""
+        at = batch["teacher"], batch["teacher_rows_N"]
+        return HiddenSignal(redirected(self.wrapper, self.model, lambda: hidden_at(self.model, *at)), self.head)
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
