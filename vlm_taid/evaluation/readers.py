@@ -153,8 +153,8 @@ class PromptBatches(IterableDataset):
     """Model inputs, batch by batch: rows read, prompts rendered, pictures processed, left-padded.
 
     The rows of a window are sorted by prompt length; a batch's rows all have pictures or all have none. Yields
-    ``(rows, inputs)``, where the rows' pictures are dropped, or an InputError to be raised by the reader: a
-    DataLoader cannot carry an exception of two arguments between processes.
+    ``(rows, inputs)``, where the rows' pictures are dropped, or an InputError to be raised by the reader:
+    raised here, a DataLoader would put its worker's traceback before the message.
 
     Args:
         task: the questions.
