@@ -4,7 +4,7 @@
 set -euo pipefail
 source "$(dirname "$0")/venv.sh"
 install_into_venv
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS="ignore::FutureWarning"
 
 run=runs/quickstart
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
@@ -26,8 +26,9 @@ options+=(--training.per_device_train_batch_size $((128 / ranks)))
 say "1/5 easy-VQA: 38,575 training questions, 9,673 held-out ones"
 python data/easy_vqa.py --output "$run/data"
 
-say "2/5 A fresh student of 1.26 M parameters (the teacher, 5.69 M, is in data/quickstart)"
-[ -f "$run/models/student-init/model.safetensors" ] || python data/quickstart_models.py --data "$run/data" --output "$run/models"
+say "2/5 A student of 1.77 M parameters, pruned from the teacher of 5.69 M (data/quickstart)"
+[ -f "$run/models/student-init/model.safetensors" ] ||
+    python data/quickstart_models.py student --teacher data/quickstart/teacher --output "$run/models/student-init"
 
 train() { # NAME OBJECTIVE
     if [ -f "$run/$1/complete.json" ]; then

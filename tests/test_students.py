@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from vlm_taid.errors import InputError
-from vlm_taid.students import IMAGE, TURN_END, TURN_START, assemble, train_tokenizer
+from vlm_taid.students import IMAGE, TURN_END, TURN_START, assemble, inherit, train_tokenizer
 
 TEXTS = ["what is the color of the shape?", "is there a red circle?", "what shape is in the image?", "red", "yes", "no"]
 RESNET = {"norm_layer": "groupnorm1", "channels": [8, 8, 16, 16], "stem_width": 8}
@@ -160,21 +160,39 @@ def test_the_quickstart_pair(tmp_path, monkeypatch, capsys):
     script = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "quickstart_models", script)
     spec.loader.exec_module(script)
-    monkeypatch.setattr(sys, "argv", ["quickstart_models.py", "--data", str(data), "--output", str(tmp_path / "out")])
-    script.main()
-    teacher, student = (
-        AutoModelForImageTextToText.from_pretrained(tmp_path / "out" / name)
-        for name in ("teacher-init", "student-init")
-    )
+
+    def run(model, source, folder):
+        monkeypatch.setattr(
+            sys, "argv", ["quickstart_models.py", model, *map(str, source), "--output", str(tmp_path / folder)]
+        )
+        script.main()
+
+    run("teacher", ["--data", data], "teacher")
+    run("student", ["--teacher", tmp_path / "teacher"], "student")
+    assert "fresh weights: model.multi_modal_projector.linear_1.weight\n" in capsys.readouterr().out
+    teacher, student = (AutoModelForImageTextToText.from_pretrained(tmp_path / name) for name in ("teacher", "student"))
     assert 3 * student.num_parameters() <= teacher.num_parameters()
     assert 2 * teacher.num_parameters() < 12e6  # bytes in bf16, to be shipped
     assert not [module for module in [*teacher.modules(), *student.modules()] if "BatchNorm" in type(module).__name__]
     vocabularies = [
-        AutoProcessor.from_pretrained(tmp_path / "out" / name).tokenizer.get_vocab()
-        for name in ("teacher-init", "student-init")
+        AutoProcessor.from_pretrained(tmp_path / name).tokenizer.get_vocab() for name in ("teacher", "student")
     ]
     assert vocabularies[0] == vocabularies[1]
+    mine, theirs = student.model.language_model.layers, teacher.model.language_model.layers
+    for kept, layer in zip(script.KEPT_LAYERS, mine, strict=True):
+        assert torch.equal(layer.mlp.up_proj.weight, theirs[kept].mlp.up_proj.weight)
+    with pytest.raises(InputError, match="2 of the teacher's 3 decoder layers"):
+        inherit(student, teacher, [0, 1, 2])
     (data / "train.jsonl").unlink()
     with pytest.raises(SystemExit):
-        script.main()
+        run("teacher", ["--data", data], "again")
     assert "train.jsonl is missing" in capsys.readouterr().err
+
+
+def test_shipped_teacher_fits_its_place():
+    """At most 12 MB of bf16 safetensors, no file over 10 MB, and three times the student or more."""
+    folder = Path(__file__).parent.parent / "data" / "quickstart" / "teacher"
+    sizes = [file.stat().st_size for file in folder.iterdir()]
+    assert sum(sizes) < 12e6 and max(sizes) < 10e6
+    teacher = AutoModelForImageTextToText.from_pretrained(folder)
+    assert teacher.dtype == torch.bfloat16 and teacher.num_parameters() == 5_693_304

@@ -6,7 +6,8 @@ with ``AutoModelForImageTextToText`` and ``AutoProcessor``, and needs no code of
 Shapes: B rows, C channels, H and W rows and columns of the tower's last feature map.
 """
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -20,6 +21,7 @@ from transformers import (
     GenerationConfig,
     LlavaProcessor,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     TimmWrapperConfig,
 )
@@ -171,6 +173,37 @@ def assemble(
         image_token=IMAGE,
     )
     return model, processor
+
+
+@torch.no_grad()
+def inherit(student: PreTrainedModel, teacher: PreTrainedModel, layers: Sequence[int]) -> list[str]:
+    """Gives a smaller student of the teacher's family the teacher's weights, wherever a tensor has the same place.
+
+    The student's decoder layer i takes the teacher's layer ``layers[i]``. A tensor without a counterpart of its name
+    and shape keeps its fresh weights.
+
+    Args:
+        student: the model that is changed.
+        teacher: a model with the student's module names.
+        layers: one of the teacher's decoder layers for each of the student's, in order.
+
+    Returns:
+        The names of the student's tensors that stayed fresh.
+
+    Raises:
+        InputError: ``layers`` does not name one layer of the teacher for each of the student's.
+    """
+    counts = [model.config.get_text_config().num_hidden_layers for model in (student, teacher)]
+    if len(layers) != counts[0] or not all(0 <= layer < counts[1] for layer in layers):
+        raise InputError(f"{counts[0]} of the teacher's {counts[1]} decoder layers are wanted, not {list(layers)}")
+    source, fresh = teacher.state_dict(), []
+    for name, tensor in student.state_dict().items():
+        place = re.sub(r"(language_model\.layers\.)(\d+)", lambda found: f"{found[1]}{layers[int(found[2])]}", name)
+        if place in source and source[place].shape == tensor.shape:
+            tensor.copy_(source[place])
+        else:
+            fresh.append(name)
+    return fresh
 
 
 @torch.no_grad()
