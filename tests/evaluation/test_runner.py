@@ -176,7 +176,7 @@ def test_load_both_kinds(model_folder, language_model, tmp_path):
 
 
 def test_folders_that_cannot_be_loaded(model_folder, tmp_path):
-    with pytest.raises(InputError, match="not a folder"):
+    with pytest.raises(InputError, match="no such model folder"):
         load(str(tmp_path / "nothing"))
     with pytest.raises(InputError, match=r"no config\.json"):
         load(str(tmp_path))
