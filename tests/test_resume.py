@@ -79,20 +79,28 @@ def test_sigterm_saves_and_every_rank_exits_zero(pair, ranks):
     recipe, whole = pair(f"terminated{ranks}", **more), pair(f"not_terminated{ranks}", **more)
     run, launcher = runs.output_of(recipe), "deepspeed" if ranks == 2 else None
     reference = runs.launched(whole, launcher) if ranks == 2 else runs.here(whole)
-    process = psutil.Popen(runs.command(recipe, launcher), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = recipe.with_suffix(".log")
+    process = psutil.Popen(runs.command(recipe, launcher), stdout=log.open("w"), stderr=subprocess.STDOUT)
     reached = logged(run, 15)
     while not reached():
         assert process.poll() is None
         time.sleep(0.01)
-    mine = []
-    for candidate in [process, *process.children(recursive=True)]:
-        with suppress(psutil.Error):  # a child may just have ended
-            line = candidate.cmdline()
-            mine += [candidate] if "vlm_taid" in line and "deepspeed" not in " ".join(line[:5]) else []
-    assert len(mine) >= 2 * ranks  # ranks and workers
+
+    def ranks_and_workers():
+        found = []
+        for candidate in [process, *process.children(recursive=True)]:
+            with suppress(psutil.Error):  # a child may just have ended
+                line = candidate.cmdline()
+                found += [candidate] if "vlm_taid" in line and "deepspeed" not in " ".join(line[:5]) else []
+        return found
+
+    mine = ranks_and_workers()
+    while len(mine) < 2 * ranks:  # between two epochs there are no workers
+        assert process.poll() is None
+        mine = ranks_and_workers()
     for victim in mine:
         victim.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
+    assert process.wait(60) == 0, log.read_text()[-4000:]
     assert not (run / "complete.json").exists()
     checkpoint = newest_whole(run)
     assert checkpoint is not None and int(checkpoint.name.split("-")[1]) % 10 != 0  # saved where it was stopped

@@ -13,7 +13,8 @@ from tests import families, runs
 
 STEPS = {
     "max_steps": 5,
-    "learning_rate": 0.05,
+    "optim": "sgd",
+    "learning_rate": 0.5,
     "eval_strategy": "steps",
     "eval_steps": 2,
     "per_device_eval_batch_size": 2,
@@ -64,8 +65,7 @@ def converted_weights_are_the_saved_ones(run: Path):
     done = subprocess.run(script, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     converted = {key: value for file in output.glob("*.safetensors") for key, value in load_file(file).items()}
-    saved = runs.weights(run)
-    missing = {key for key in saved if key not in converted}
-    assert not missing, missing
-    for key, value in saved.items():
-        assert torch.equal(converted[key], value), key
+    saved = runs.loaded(run)
+    assert saved.keys() - converted.keys() <= {"lm_head.weight"}  # tied to the embedding
+    for key, value in converted.items():
+        assert torch.equal(saved[key], value), key

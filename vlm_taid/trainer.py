@@ -180,7 +180,8 @@ class DistillationTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
-        loader.worker_init_fn = partial(_deaf_worker, loader.worker_init_fn)
+        init = partial(_deaf_worker, loader.worker_init_fn)
+        loader.worker_init_fn = getattr(loader, "base_dataloader", loader).worker_init_fn = init  # accelerate wraps it
         return loader
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

@@ -181,7 +181,7 @@ def test_folders_that_cannot_be_loaded(model_folder, tmp_path):
     with pytest.raises(InputError, match=r"no config\.json"):
         load(str(tmp_path))
     (tmp_path / "config.json").write_text((model_folder / "config.json").read_text())
-    with pytest.raises(InputError, match="no model weights"):
+    with pytest.raises(InputError, match="no weights"):
         load(str(tmp_path))
     (tmp_path / "pytorch_model.bin").write_bytes(b"never read")
     with pytest.raises(InputError, match="pickle"):
@@ -189,7 +189,7 @@ def test_folders_that_cannot_be_loaded(model_folder, tmp_path):
     for file in model_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     save_file({"lm_head.weight": torch.zeros(320, 32)}, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match="missing"):
+    with pytest.raises(InputError, match="lack"):
         load(str(tmp_path))
     with pytest.raises(InputError, match="dtype"):
         load(str(model_folder), dtype="float33")
