@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from tests import families, runs
 
@@ -59,13 +58,15 @@ def test_stages_equal_one_process(pair, student_stage, teacher_stage):
 
 
 def converted_weights_are_the_saved_ones(run: Path):
-    """zero_to_fp32.py, which DeepSpeed leaves in a checkpoint, gives the weights that we saved."""
+    """zero_to_fp32.py, which DeepSpeed leaves in a checkpoint, gives the weights that we saved.
+
+    Its own --safe_serialization refuses tied weights, so its default format is read, by tensors alone.
+    """
     checkpoint, output = run / "checkpoint-5", run / "fp32"
-    script = [sys.executable, checkpoint / "zero_to_fp32.py", checkpoint, output, "--safe_serialization"]
+    script = [sys.executable, checkpoint / "zero_to_fp32.py", checkpoint, output]
     done = subprocess.run(script, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    converted = {key: value for file in output.glob("*.safetensors") for key, value in load_file(file).items()}
-    saved = runs.loaded(run)
-    assert saved.keys() - converted.keys() <= {"lm_head.weight"}  # tied to the embedding
+    converted, saved = torch.load(output / "pytorch_model.bin", weights_only=True), runs.loaded(run)
+    assert converted.keys() == saved.keys()
     for key, value in converted.items():
         assert torch.equal(saved[key], value), key
