@@ -189,6 +189,15 @@ def test_model_folder_without_weights_and_with_a_pickle(recipe, capfd, tmp_path)
         assert expected in fails(capfd, "distill", "--config", path, "--student.path", folder)
 
 
+def test_long_row_is_skipped_among_good_ones(recipe):
+    path, data = recipe
+    rewrite(data, 1, question="is there a red circle in the image? " * 10)
+    assert main(["distill", "--config", str(path), "--data.on_bad_row", "skip", "--data.max_length", "60"]) == 0
+    listed = (runs.output_of(path) / "refused_rows.jsonl").read_text().splitlines()
+    assert len(listed) == 1 and f"{data}:2" in listed[0] and "max_length = 60" in listed[0]
+    assert runs.metrics(runs.output_of(path), "refused_rows") == [(1,)]
+
+
 def test_no_usable_row_is_no_success(recipe, capfd):
     message = fails(capfd, "distill", "--config", recipe[0], "--data.on_bad_row=skip", "--data.max_length=3")
     assert "no row can be trained on" in message and "max_length" in message
