@@ -1,6 +1,7 @@
 """Bad input by hand: each is one clear sentence on stderr and exit status 2, not a traceback."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,17 @@ def test_bad_row_is_named(recipe, capfd, spoil, workers):
     named = spoil(data)
     message = fails(capfd, "distill", "--config", path, f"--training.dataloader_num_workers={workers}")
     assert f"{data}:2" in message and named in message
+
+
+def test_failing_run_with_workers_exits(recipe):
+    path, data = recipe
+    for _ in range(5):  # rows enough for the worker to be alive when the bad one is met
+        data.write_text(data.read_text() * 2)
+    rewrite(data, 1, answer=" ")
+    arguments = ["--training.dataloader_num_workers", "1", "--training.seed", "3"]
+    command = [*runs.command(path, None), *arguments, "--training.max_steps", "40"]
+    ended = subprocess.run(command, timeout=60, capture_output=True, text=True)
+    assert ended.returncode == 2 and "Error" not in ended.stderr
 
 
 @pytest.mark.parametrize("spoil", BAD_ROWS)

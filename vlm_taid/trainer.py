@@ -5,7 +5,9 @@ Legend: B rows, N answer tokens, H student width, C shared vocabulary.
 
 from __future__ import annotations
 
+import atexit
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -367,6 +369,15 @@ def _deaf_worker(then: Callable[[int], None] | None, worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if then is not None:
         then(worker)
+
+
+@atexit.register
+def _end_deaf_workers() -> None:
+    """multiprocessing ends daemons by SIGTERM and then waits: a run that failed amid an epoch would never exit."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the DataLoader's handler would report the kill as a fault
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 class _EndOfStep(TrainerCallback):
