@@ -5,15 +5,13 @@ Legend: B rows, N answer tokens, H student width, C shared vocabulary.
 
 from __future__ import annotations
 
-import atexit
 import json
-import multiprocessing
 import os
 import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Iterator, Sized
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from .checkpoints import PARTIAL, publish
+from .data.workers import leave_sigterm
 from .errors import InputError
 from .objectives import (
     FKL,
@@ -182,7 +181,7 @@ class DistillationTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
-        init = partial(_deaf_worker, loader.worker_init_fn)
+        init = partial(leave_sigterm, loader.worker_init_fn)
         loader.worker_init_fn = getattr(loader, "base_dataloader", loader).worker_init_fn = init  # accelerate wraps it
         return loader
 
@@ -362,22 +361,6 @@ class _Window:
     tokens: float = 0.0
     pairing: list[float] = field(default_factory=lambda: [0.0] * 4)
     since: float = field(default_factory=time.perf_counter)
-
-
-def _deaf_worker(then: Callable[[int], None] | None, worker: int) -> None:
-    """Workers leave SIGTERM, which launchers send to all processes, to their rank: it needs them for its last step."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if then is not None:
-        then(worker)
-
-
-@atexit.register
-def _end_deaf_workers() -> None:
-    """multiprocessing ends daemons by SIGTERM and then waits: a run that failed amid an epoch would never exit."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the DataLoader's handler would report the kill as a fault
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
 
 
 class _EndOfStep(TrainerCallback):
