@@ -18,7 +18,7 @@ ALLOWED = {
     "teachers": {"objectives", "pretrained"},
     "students": {"pretrained"},
     "evaluation": {"data", "pretrained"},
-    "trainer": {"checkpoints", "objectives", "pretrained", "streams", "teachers"},
+    "trainer": {"checkpoints", "data", "objectives", "pretrained", "streams", "teachers"},
     "recipe": {"data", "objectives", "parsing", "students", "teachers", "trainer"},
     "model_card": {"recipe"},
     "distillation": {"checkpoints", "data", "model_card", "pretrained", "recipe", "streams", "teachers", "trainer"},
