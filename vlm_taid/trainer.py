@@ -5,27 +5,21 @@ Legend: B rows, N answer tokens, H student width, C shared vocabulary.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Sized
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers import TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
-from .checkpoints import PARTIAL, publish
 from .data.workers import leave_sigterm
 from .errors import InputError
 from .objectives import (
@@ -39,11 +33,11 @@ from .objectives import (
     redirected,
 )
 from .pretrained import vision_towers
+from .resumable import ResumableTrainer
 from .streams import PairedBatch, PairedCollator
 from .teachers import LiveTeacher
 from .teachers.live import hidden_at
-
-STATE = "DistillationState"  # the trainer's own place in TrainerState.stateful_callbacks
+from .training_log import Window, schedule_values
 
 
 @dataclass
@@ -62,7 +56,7 @@ class DistillationArguments(TrainingArguments):
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(ResumableTrainer):
     """Trains a student against a teacher, or on labels alone (objective ``sft``).
 
     The loss is the sum over the answer tokens of an optimizer step divided by their number over all micro-batches and
@@ -107,12 +101,9 @@ class DistillationTrainer(Trainer):
         self.head: Head | None = None  # proven at the first forward, inside the wrapper
         self.refused: Counter[str] = Counter()  # messages of this rank's refused rows
         self.refused_rows = self.seen_tokens = 0  # over all ranks
-        self.stop_requested = self.stopped = False
         self._step_sums = torch.zeros(2, dtype=torch.float64, device=args.device)
         self._step_tokens = 0.0
-        self._window = _Window()
-        self._saving = False
-        self.add_callback(_EndOfStep(self))
+        self._window = Window()
 
     # -- the loss ------------------------------------------------------------------------------------------------
 
@@ -128,7 +119,7 @@ class DistillationTrainer(Trainer):
             *(sum(values) for values in zip(*(batch["pairing"] for batch in batches), strict=True)),
         ]
         # one collective carries all counts, SIGTERM too
-        counts = self._sum_over_ranks(torch.tensor(mine, dtype=torch.float64, device=device)).tolist()
+        counts = self.sum_over_ranks(torch.tensor(mine, dtype=torch.float64, device=device)).tolist()
         tokens, refused, stop, *pairing = counts
         self.stopped = stop > 0
         self.refused_rows += int(refused)
@@ -136,7 +127,7 @@ class DistillationTrainer(Trainer):
         if self.seen_tokens == 0 and self.refused_rows >= min(100, len(cast(Sized, self.train_dataset))):
             raise InputError(f"no row can be trained on; the first refused: {next(iter(self.refused), 'another rank')}")
         self._step_tokens = tokens
-        self._window.pairing = [a + b for a, b in zip(self._window.pairing, pairing, strict=True)]
+        self._window.add_pairing(pairing)
         return batches, max(tokens, 1.0)
 
     def compute_loss(
@@ -188,10 +179,6 @@ class DistillationTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return super().floating_point_ops(inputs["student"])
 
-    def _sum_over_ranks(self, values: Tensor) -> Tensor:
-        total: Any = self.accelerator.reduce(values, "sum")
-        return total
-
     # -- the end of an optimizer step ----------------------------------------------------------------------------
 
     def end_of_step(self) -> None:
@@ -199,7 +186,7 @@ class DistillationTrainer(Trainer):
         self._window.tokens += self._step_tokens
         if self.teacher is None:
             return
-        ce, kl = self._sum_over_ranks(self._step_sums).tolist()
+        ce, kl = self.sum_over_ranks(self._step_sums).tolist()
         self._step_sums = torch.zeros_like(self._step_sums)
         self._window.kl += kl
         if self.schedule is not None:
@@ -208,35 +195,15 @@ class DistillationTrainer(Trainer):
             self.schedule.update(mean, self.state.global_step - 1, self.state.max_steps)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds t, KL and throughput to the training logs, and writes every log to metrics.jsonl."""
+        """Adds t, KL, pairing and throughput to the training logs."""
         if "loss" in logs:
-            window, self._window = self._window, _Window()
-            tokens = window.tokens
-            if self.teacher is not None:
-                logs["kl"] = window.kl / max(tokens, 1.0)
-            if not self.collator.shared:
-                rows, share, first_unpaired, identical = window.pairing
-                logs["paired_share"] = share / max(rows, 1.0)
-                logs["first_tokens_unpaired"] = first_unpaired
-                logs["identical_next_share"] = identical / max(rows, 1.0)
+            logs |= self._window.means(teacher=self.teacher is not None, paired=not self.collator.shared)
+            self._window = Window()
             if self.schedule is not None:
-                logs["t"] = self.schedule.t
-                logs["t_closed_form"] = self.schedule.closed_form(self.state.global_step - 1, self.state.max_steps)
-                logs["delta_t"] = self.schedule.delta_t
-                logs["momentum"] = self.schedule.momentum
-                logs["skipped_updates"] = self.schedule.skipped_updates
-            logs["answer_tokens"] = tokens
-            logs["answer_tokens_per_second"] = tokens / max(self._window.since - window.since, 1e-9)
+                logs |= schedule_values(self.schedule, self.state.global_step - 1, self.state.max_steps)
             if self.refused_rows:
                 logs["refused_rows"] = self.refused_rows
         super().log(logs, start_time)
-        if self.is_world_process_zero():
-            with open(self.metrics_file, "a") as file:
-                file.write(json.dumps(self.state.log_history[-1]) + "\n")
-
-    @property
-    def metrics_file(self) -> Path:
-        return Path(str(self.args.output_dir)) / "metrics.jsonl"
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 
@@ -273,112 +240,26 @@ class DistillationTrainer(Trainer):
             f"{metric_key_prefix}_answer_tokens": tokens,
         }
         counted = torch.tensor([float(refused)], dtype=torch.float64, device=self.args.device)
-        if refused := self._sum_over_ranks(counted).item():
+        if refused := self.sum_over_ranks(counted).item():
             metrics[f"{metric_key_prefix}_refused_rows"] = refused
         self._window.since += time.perf_counter() - began  # throughput is training's
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(torch.cat(sums_B3)))  # pyright: ignore[reportArgumentType]
 
     # -- state ---------------------------------------------------------------------------------------------------
 
-    def _init_training_state(self, *args: Any, **kwargs: Any):
-        found = super()._init_training_state(*args, **kwargs)
-        states: Any = self.state.stateful_callbacks or {}
-        saved = states.get(STATE)
-        if saved is not None:
-            attributes = saved["attributes"]
-            self.refused = Counter(attributes["refused"] if self.is_world_process_zero() else {})
-            self.refused_rows = sum(attributes["refused"].values())
-            if self.schedule is not None:
-                self.schedule.load_state_dict(attributes["schedule"])
-        if self.is_world_process_zero():
-            _keep_until(self.metrics_file, self.state.global_step)
-        self._window = _Window()
-        return found
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step < self.state.max_steps:  # resumed from the last step: only the saving is left
-            super()._run_epoch(*args, **kwargs)
-        else:
-            self.control.should_training_stop = True
-
-    def store_state(self) -> None:
-        """Puts the trainer's own state into TrainerState; every rank must call."""
+    def own_state(self) -> dict[str, Any]:
         schedule = None if self.schedule is None else self.schedule.state_dict()
-        attributes = {"schedule": schedule, "refused": dict(self.all_refused())}
-        states: Any = self.state.stateful_callbacks
-        states[STATE] = {"args": {}, "attributes": attributes}
+        return {"schedule": schedule, "refused": dict(self.all_refused())}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        self.refused = Counter(state["refused"] if self.is_world_process_zero() else {})
+        self.refused_rows = sum(state["refused"].values())
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
+
+    def training_begins(self) -> None:
+        self._window = Window()
 
     def all_refused(self) -> Counter[str]:
         """Messages of the refused rows of all ranks, with their counts; every rank must call."""
         return sum((Counter(dict(items)) for items in gather_object([list(self.refused.items())])), Counter())
-
-    def _get_output_dir(self, trial: Any) -> str:
-        run = super()._get_output_dir(trial)
-        return os.path.join(run, PARTIAL) if self._saving else run
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Writes the checkpoint beside and renames it when it is whole."""
-        run = Path(super()._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        self.store_state()
-        if self.args.should_save:
-            shutil.rmtree(run / PARTIAL, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        limit, self.args.save_total_limit, self._saving = self.args.save_total_limit, None, True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit, self._saving = limit, False
-        self.accelerator.wait_for_everyone()
-        best = self.state.best_model_checkpoint
-        if best is not None and PARTIAL in Path(best).parts:
-            self.state.best_model_checkpoint = str(run / Path(best).name)
-        if self.args.should_save:
-            beside = run / PARTIAL / name
-            self.state.save_to_json(str(beside / "trainer_state.json"))
-            publish(beside, run / name, self.accelerator.num_processes)
-            beside.parent.rmdir()
-            rotate_checkpoints(
-                output_dir=str(run),
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=False,
-            )
-        self.accelerator.wait_for_everyone()
-
-    # -- signals -------------------------------------------------------------------------------------------------
-
-    def stop_on_sigterm(self) -> None:
-        """From now on SIGTERM ends training after the step in hand, with a checkpoint."""
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop_requested", True))
-
-
-@dataclass
-class _Window:
-    """What is summed between two logs."""
-
-    kl: float = 0.0
-    tokens: float = 0.0
-    pairing: list[float] = field(default_factory=lambda: [0.0] * 4)
-    since: float = field(default_factory=time.perf_counter)
-
-
-class _EndOfStep(TrainerCallback):
-    def __init__(self, trainer: DistillationTrainer):
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.end_of_step()
-        if self.trainer.stopped:
-            control.should_save = control.should_training_stop = True
-        return control
-
-
-def _keep_until(metrics: Path, step: int) -> None:
-    """Drops the log lines of steps that a resumed run makes again."""
-    if metrics.is_file():
-        kept = []
-        for line in metrics.read_text().splitlines() if step else []:
-            with suppress(ValueError):  # a killed run may have written half a line
-                kept += [line] if json.loads(line).get("step", 0) <= step else []
-        metrics.write_text("".join(line + "\n" for line in kept))

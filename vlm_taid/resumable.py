@@ -1,0 +1,141 @@
+"""ResumableTrainer: transformers' Trainer whose runs can be killed at any moment and go on bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from .checkpoints import PARTIAL, publish
+
+STATE = "DistillationState"  # the trainer's own place in TrainerState.stateful_callbacks
+
+
+class ResumableTrainer(Trainer):
+    """Writes whole checkpoints, stops on SIGTERM, and keeps every log line in ``metrics.jsonl``.
+
+    A subclass says what its own state is (plain numbers and strings: they go into ``trainer_state.json``) and sets
+    ``stopped`` on all ranks alike when any rank's ``stop_requested`` is set.
+    """
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.stop_requested = self.stopped = False
+        self._saving = False
+        self.add_callback(_EndOfStep(self))
+
+    def own_state(self) -> dict[str, Any]:
+        """What a resumed run needs to go on bit for bit, equal on all ranks; every rank must call."""
+        raise NotImplementedError
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        """Takes what ``own_state`` gave."""
+        raise NotImplementedError
+
+    def training_begins(self) -> None:
+        """Called when the state is there, before the first step."""
+
+    def end_of_step(self) -> None:
+        """Called after each optimizer step."""
+
+    def stop_on_sigterm(self) -> None:
+        """From now on SIGTERM ends training after the step in hand, with a checkpoint."""
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop_requested", True))
+
+    @property
+    def metrics_file(self) -> Path:
+        return Path(str(self.args.output_dir)) / "metrics.jsonl"
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if self.is_world_process_zero():
+            with open(self.metrics_file, "a") as file:
+                file.write(json.dumps(self.state.log_history[-1]) + "\n")
+
+    def store_state(self) -> None:
+        """Puts the trainer's own state into TrainerState; every rank must call."""
+        states: Any = self.state.stateful_callbacks
+        states[STATE] = {"args": {}, "attributes": self.own_state()}
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        total: Any = self.accelerator.reduce(values, "sum")
+        return total
+
+    def _init_training_state(self, *args: Any, **kwargs: Any):
+        found = super()._init_training_state(*args, **kwargs)
+        states: Any = self.state.stateful_callbacks or {}
+        if STATE in states:
+            self.load_own_state(states[STATE]["attributes"])
+        if self.is_world_process_zero():
+            _keep_until(self.metrics_file, self.state.global_step)
+        self.training_begins()
+        return found
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:  # resumed from the last step: only the saving is left
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
+    def _get_output_dir(self, trial: Any) -> str:
+        run = super()._get_output_dir(trial)
+        return os.path.join(run, PARTIAL) if self._saving else run
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Writes the checkpoint beside and renames it when it is whole."""
+        run = Path(super()._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        self.store_state()
+        if self.args.should_save:
+            shutil.rmtree(run / PARTIAL, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit, self._saving = self.args.save_total_limit, None, True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit, self._saving = limit, False
+        self.accelerator.wait_for_everyone()
+        best = self.state.best_model_checkpoint
+        if best is not None and PARTIAL in Path(best).parts:
+            self.state.best_model_checkpoint = str(run / Path(best).name)
+        if self.args.should_save:
+            beside = run / PARTIAL / name
+            self.state.save_to_json(str(beside / "trainer_state.json"))
+            publish(beside, run / name, self.accelerator.num_processes)
+            beside.parent.rmdir()
+            rotate_checkpoints(
+                output_dir=str(run),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=False,
+            )
+        self.accelerator.wait_for_everyone()
+
+
+class _EndOfStep(TrainerCallback):
+    def __init__(self, trainer: ResumableTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.end_of_step()
+        if self.trainer.stopped:
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+def _keep_until(metrics: Path, step: int) -> None:
+    """Drops the log lines of steps that a resumed run makes again."""
+    if metrics.is_file():
+        kept = []
+        for line in metrics.read_text().splitlines() if step else []:
+            with suppress(ValueError):  # a killed run may have written half a line
+                kept += [line] if json.loads(line).get("step", 0) <= step else []
+        metrics.write_text("".join(line + "\n" for line in kept))

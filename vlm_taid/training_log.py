@@ -1,0 +1,58 @@
+"""What a training log line says, summed between two of them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from .objectives import TAIDSchedule
+
+
+@dataclass
+class Window:
+    """What is summed over all ranks between two logs.
+
+    Args:
+        tokens: answer tokens.
+        kl: sum of their KL, in nats.
+        pairing: rows, content shares, first tokens unpaired, identical-next shares (``PairedBatch``).
+        since: when it began, on the clock of ``time.perf_counter``.
+    """
+
+    tokens: float = 0.0
+    kl: float = 0.0
+    pairing: list[float] = field(default_factory=lambda: [0.0] * 4)
+    since: float = field(default_factory=time.perf_counter)
+
+    def add_pairing(self, pairing: list[float]) -> None:
+        self.pairing = [a + b for a, b in zip(self.pairing, pairing, strict=True)]
+
+    def means(self, *, teacher: bool, paired: bool) -> dict[str, float]:
+        """Token means, shares, and throughput until now.
+
+        Args:
+            teacher: there is one, so there is a KL.
+            paired: the models have streams of their own, which were paired.
+        """
+        means = {}
+        if teacher:
+            means["kl"] = self.kl / max(self.tokens, 1.0)
+        if paired:
+            rows, share, first_unpaired, identical = self.pairing
+            means["paired_share"] = share / max(rows, 1.0)
+            means["first_tokens_unpaired"] = first_unpaired
+            means["identical_next_share"] = identical / max(rows, 1.0)
+        means["answer_tokens"] = self.tokens
+        means["answer_tokens_per_second"] = self.tokens / max(time.perf_counter() - self.since, 1e-9)
+        return means
+
+
+def schedule_values(schedule: TAIDSchedule, step: int, num_steps: int) -> dict[str, float]:
+    """t, what it is close to in closed form, and what moved it, after ``step`` of ``num_steps``."""
+    return {
+        "t": schedule.t,
+        "t_closed_form": schedule.closed_form(step, num_steps),
+        "delta_t": schedule.delta_t,
+        "momentum": schedule.momentum,
+        "skipped_updates": schedule.skipped_updates,
+    }
