@@ -8,4 +8,4 @@ export HF_HUB_OFFLINE=1
 ruff format --check .
 ruff check .
 pyright --pythonpath "$VENV/bin/python"
-pytest "$@"
+pytest -n 2 --dist loadfile "$@"

@@ -5,12 +5,12 @@ Legend: B rows, N answer tokens, H student width, C shared vocabulary.
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections import Counter
 from collections.abc import Iterator, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from .data.workers import leave_sigterm
+from .data.workers import DeafContext
 from .errors import InputError
 from .objectives import (
     FKL,
@@ -172,8 +172,9 @@ class DistillationTrainer(ResumableTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
-        init = partial(leave_sigterm, loader.worker_init_fn)
-        loader.worker_init_fn = getattr(loader, "base_dataloader", loader).worker_init_fn = init  # accelerate wraps it
+        if loader.num_workers and multiprocessing.get_start_method() == "fork":
+            inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
+            loader.multiprocessing_context = inner.multiprocessing_context = DeafContext()
         return loader
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

@@ -5,14 +5,23 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import signal
-from collections.abc import Callable
+from multiprocessing.context import ForkContext, ForkProcess
 
 
-def leave_sigterm(then: Callable[[int], None] | None, worker: int) -> None:
+class _DeafProcess(ForkProcess):
+    def start(self) -> None:
+        # blocked before the fork, and so from the worker's first instruction on
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+class DeafContext(ForkContext):
     """Workers leave SIGTERM, which launchers send to all processes, to their rank: it needs them for its last step."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if then is not None:
-        then(worker)
+
+    Process = _DeafProcess
 
 
 @atexit.register
