@@ -138,8 +138,8 @@ def test_values_found_by_hand_on_three_tokens():
 def test_unknown_objective_or_option_names_the_known_ones():
     with pytest.raises(ValueError, match="taid, fkl"):
         Objective.named("tiad")
-    with pytest.raises(ValueError, match="no option temperature"):
-        Objective.named("fkl", temperature=2.0)
+    with pytest.raises(ValueError, match="no option mu"):
+        Objective.named("fkl", mu=0.5)
 
 
 def test_self_distillation_needs_the_teacher():

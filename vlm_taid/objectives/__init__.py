@@ -2,22 +2,22 @@
 
 from .divergences import per_token
 from .head import Head, as_slice, redirected
-from .linear import HiddenSignal, LinearDistillationOutput, TeacherSignal, linear_distillation
-from .objective import FKL, OBJECTIVES, RKL, SFT, TAID, Objective
+from .linear import LinearDistillationOutput, linear_distillation
+from .objective import FKL, OBJECTIVES, Objective
+from .signals import HiddenSignal, MixedSignal, TeacherSignal, TopKSignal
 from .taid import TAIDSchedule
 
 __all__ = [
     "FKL",
     "OBJECTIVES",
-    "RKL",
-    "SFT",
-    "TAID",
     "Head",
     "HiddenSignal",
     "LinearDistillationOutput",
+    "MixedSignal",
     "Objective",
     "TAIDSchedule",
     "TeacherSignal",
+    "TopKSignal",
     "as_slice",
     "linear_distillation",
     "per_token",

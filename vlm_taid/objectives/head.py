@@ -53,6 +53,8 @@ class Head:
         softcap: soft cap of the logits (Gemma 2), or None.
         columns: this model's ids of the shared vocabulary, in the shared order ([C]; a slice costs no copy, see
             ``as_slice``); None: all rows.
+        rest: this model's real ids outside the shared vocabulary ([R]); all their mass is one more bucket, after the
+            columns. None: there is none. Rows in neither (padding) are in no bucket.
     """
 
     weight: Tensor
@@ -60,6 +62,7 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
     columns: Tensor | slice | None = None
+    rest: Tensor | None = None
 
     @classmethod
     @torch.no_grad()
@@ -105,6 +108,22 @@ class Head:
             return self.columns.stop - self.columns.start
         return self.weight.shape[0] if self.columns is None else len(self.columns)
 
+    @property
+    def has_rest(self) -> bool:
+        """Whether there is a rest bucket, index C."""
+        return self.rest is not None and len(self.rest) > 0
+
+    def buckets_of(self, ids_N: Tensor) -> Tensor:
+        """The bucket of each of this model's ids: its place among the columns, C in the rest, -1 in neither."""
+        if self.columns is None:
+            return ids_N
+        rows = self.weight.shape[0]
+        place_V = torch.full((rows,), -1, dtype=torch.long, device=ids_N.device)
+        place_V[self.columns] = torch.arange(self.width, device=ids_N.device)
+        if self.rest is not None:
+            place_V[self.rest] = self.width
+        return place_V[ids_N]
+
     def curve(self, raw: Tensor) -> Tensor:
         """Scale and soft cap, in place, on raw products plus bias."""
         if self.scale != 1.0:
@@ -120,8 +139,13 @@ class Head:
         return gradient.mul_(self.scale) if self.scale != 1.0 else gradient
 
     def __call__(self, hidden_NH: Tensor) -> Tensor:
-        """Dense fp32 logits [N, C], differentiable: the reference."""
-        at = slice(None) if self.columns is None else self.columns
+        """Dense fp32 logits [N, C], or [N, C + 1] with the rest's logsumexp last; differentiable: the reference."""
+        logits_NC = self._rows(hidden_NH, slice(None) if self.columns is None else self.columns)
+        if self.rest is None or not self.has_rest:
+            return logits_NC
+        return torch.cat([logits_NC, self._rows(hidden_NH, self.rest).logsumexp(-1, keepdim=True)], -1)
+
+    def _rows(self, hidden_NH: Tensor, at: Tensor | slice) -> Tensor:
         dtype = torch.promote_types(torch.float32, self.weight.dtype)
         bias = None if self.bias is None else self.bias[at].to(dtype)
         logits_NC = F.linear(hidden_NH.to(dtype), self.weight[at].to(dtype), bias) * self.scale

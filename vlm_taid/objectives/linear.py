@@ -3,13 +3,12 @@
 The rows are taken in chunks; a chunk's logits live in fp32 buffers that the next chunk reuses. The gradient is made
 in the forward pass, so that no weight and no logits are kept for backward (a ZeRO-3 head need not be gathered twice).
 
-Legend: N answer tokens, n rows of a chunk, H student width, G teacher width, V rows of the student's head,
-C shared vocabulary.
+Legend: N answer tokens, n rows of a chunk, H student width, V rows of the student's head, C shared vocabulary,
+B buckets: the shared tokens, or a top-k signal's tokens and their tail, each with the rest where there is one.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,30 +16,28 @@ import torch
 from torch import Tensor
 
 from .head import Head
-from .objective import SFT, Objective
+from .objective import SFT, Inputs, Objective
+from .products import fp32_results, logits, times_weight
+from .signals import HiddenSignal, MixedSignal, TeacherSignal, TopKSignal, check, teacher_logits
 
 CHUNK_BYTES = 2**28  # four fp32 buffers of [n, V] fit into this many bytes
-TILE = 16384  # rows of a half-precision head that are in fp32 at a time, on a CPU
-
-
-@dataclass(frozen=True)
-class HiddenSignal:
-    """A live teacher's signal: its hidden states [N, G] at the paired positions, and its head."""
-
-    hidden_NG: Tensor
-    head: Head
-
-
-TeacherSignal = HiddenSignal
 
 
 @dataclass(frozen=True)
 class LinearDistillationOutput:
-    """loss_N: differentiable, times ``weights_N``. kl_N, ce_N: without weights or gradient, in nats (see ``Fused``)."""
+    """What ``linear_distillation`` gives, one value a position.
+
+    loss_N: differentiable, times ``weights_N``; all others are without weights or gradient.
+    kl_N, ce_N: the objective's KL and its cross-entropy form, in nats (see ``Fused``).
+    rest_N: the teacher's mass in the rest bucket, as a probability; None without a rest, and for a TopKSignal.
+    temperature_gradient_N: of ``ctkd``: d loss / d T, for ``LearnedTemperature.update``.
+    """
 
     loss_N: Tensor
     kl_N: Tensor
     ce_N: Tensor
+    rest_N: Tensor | None = None
+    temperature_gradient_N: Tensor | None = None
 
 
 def linear_distillation(
@@ -52,13 +49,15 @@ def linear_distillation(
     t: float | None = None,
     labels_N: Tensor | None = None,
     weights_N: Tensor | None = None,
+    temperature: float | None = None,
     chunk: int | None = None,
 ) -> LinearDistillationOutput:
     """The objective at N positions from hidden states, without their logits ever being in memory at once.
 
-    A student's token outside ``head.columns`` (a padded or unshared row) stays in its normaliser with target mass 0:
-    it costs minus the log of the mass that the shared tokens hold, in every objective. The teacher's head is cut to
-    its columns before the product. Products are in fp32 (of half-precision inputs), and so are softmax and target.
+    The distributions are over the shared tokens and, where the heads have a ``rest``, one bucket of all the others.
+    A row of the student's head in neither (padding) stays in its normaliser with target mass 0: it costs minus the log
+    of the mass that the buckets hold, in every objective and at temperature 1. The teacher's head is cut to its
+    columns and rest before the product. Products are in fp32 (of half-precision inputs), and so are softmax and target.
 
     Args:
         hidden_NH: the student's hidden states at the predicting positions.
@@ -66,8 +65,10 @@ def linear_distillation(
         target: the teacher's signal over the same shared vocabulary; None for ``sft``.
         objective: what is computed.
         t: the interpolation, for ``taid``.
-        labels_N: the student's ids of the next tokens, for ``sft``.
+        labels_N: the student's ids of the next tokens, for ``sft``, ``dkd`` and ``ce_weight``. A label outside the
+            shared vocabulary is in the rest.
         weights_N: weights of the positions, in the loss and its gradient.
+        temperature: in the place of the objective's, for ``ctkd``. It divides the logits of the buckets.
         chunk: rows at a time; None: as many as ``CHUNK_BYTES`` holds.
 
     Returns:
@@ -75,23 +76,40 @@ def linear_distillation(
         want one. With a trainable head, take the loss's plain sum (times a number): weights go into ``weights_N``.
 
     Raises:
-        ValueError: the two heads' columns differ in number.
+        ValueError: the two heads' columns differ in number, only one has a rest, or a label is in no bucket.
         TypeError: an argument that the objective needs is missing.
     """
+    needs_labels = objective.uses_labels or objective.ce_weight > 0.0
+    buckets_N = None
     if isinstance(objective, SFT):
-        head, target = Head(head.weight, head.bias, head.scale, head.softcap), None
+        head, target, buckets_N = Head(head.weight, head.bias, head.scale, head.softcap), None, labels_N
     elif target is None:
         raise TypeError(f"{objective.name} needs a teacher's signal")
-    elif head.width != target.head.width:
-        raise ValueError(
-            f"the student's head has {head.width} columns in use and the teacher's {target.head.width}: give both "
-            "heads the columns of their SharedVocabulary"
-        )
+    else:
+        check(target, head)
+        if needs_labels and labels_N is None:
+            raise TypeError(f"{objective.name} with ce_weight {objective.ce_weight} needs labels_N")
+        if objective.uses_labels and labels_N is not None:
+            buckets_N = head.buckets_of(labels_N)
+            if len(labels_N) and int(buckets_N.min()) < 0:
+                raise ValueError(
+                    f"label {int(labels_N[buckets_N < 0][0])} is outside the shared vocabulary and the heads have no "
+                    f"rest: {objective.name} has no target there"
+                )
     chunk = chunk or max(1, CHUNK_BYTES // (4 * 4 * head.weight.shape[0]))
-    call = _Call(head, target, objective, t, labels_N, weights_N, chunk, torch.is_grad_enabled())
+    T = objective.temperature if temperature is None else temperature
+    inputs = Inputs(t, buckets_N, T)
+    call = _Call(head, target, objective, inputs, labels_N, weights_N, chunk, torch.is_grad_enabled())
     with torch.autocast(hidden_NH.device.type, enabled=False):  # it would make the products bf16
-        loss_N, kl_N, ce_N = _LinearDistillation.apply(hidden_NH, head.weight, head.bias, call)
-    return LinearDistillationOutput(loss_N, kl_N, ce_N)
+        loss_N, values_XN = _LinearDistillation.apply(hidden_NH, head.weight, head.bias, call)
+    has_rest = head.has_rest and isinstance(target, HiddenSignal | MixedSignal)
+    return LinearDistillationOutput(
+        loss_N,
+        values_XN[1],
+        values_XN[2],
+        values_XN[3] if has_rest else None,
+        values_XN[4] if objective.name == "ctkd" else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -99,7 +117,7 @@ class _Call:
     head: Head
     target: TeacherSignal | None
     objective: Objective
-    t: float | None
+    inputs: Inputs
     labels_N: Tensor | None
     weights_N: Tensor | None
     chunk: int
@@ -111,27 +129,26 @@ class _LinearDistillation(torch.autograd.Function):
     def forward(ctx, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, call: _Call):
         wants_hidden, wants_weight, wants_bias = (call.gradient and wants for wants in ctx.needs_input_grad[:3])
         N = hidden_NH.shape[0]
-        values_3N = hidden_NH.new_empty(3, N, dtype=torch.float32)
+        values_XN = hidden_NH.new_zeros(5, N, dtype=torch.float32)
         hidden_grad_NH = torch.empty_like(hidden_NH) if wants_hidden else None
         weight_grad_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if wants_weight else None
         bias_grad_V = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
-        with _products(weight_VH):
+        with fp32_results(weight_VH):
             for start in range(0, N, call.chunk):
                 at = slice(start, start + call.chunk)
-                gradient_nV = _chunk(hidden_NH[at].detach(), at, call, values_3N[:, at])
+                gradient_nV = _chunk(hidden_NH[at].detach(), at, call, values_XN[:, at])
                 if gradient_nV is None:
                     continue
                 if hidden_grad_NH is not None:
-                    hidden_grad_NH[at] = _times_weight(gradient_nV, weight_VH)
+                    hidden_grad_NH[at] = times_weight(gradient_nV, weight_VH)
                 if weight_grad_VH is not None:
                     weight_grad_VH.addmm_(gradient_nV.T, hidden_NH[at].detach().float())
                 if bias_grad_V is not None:
                     bias_grad_V += gradient_nV.sum(0)
         ctx.gradients = (hidden_grad_NH, weight_grad_VH, bias_grad_V)
         ctx.dtypes = (weight_VH.dtype, None if bias_V is None else bias_V.dtype)
-        kl_N, ce_N = values_3N[1], values_3N[2]
-        ctx.mark_non_differentiable(kl_N, ce_N)
-        return values_3N[0].clone(), kl_N, ce_N
+        ctx.mark_non_differentiable(values_XN)
+        return values_XN[0].clone(), values_XN
 
     @staticmethod
     def backward(ctx, loss_grad_N: Tensor, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -148,83 +165,109 @@ class _LinearDistillation(torch.autograd.Function):
         return hidden_grad_NH, weight_grad_VH, bias_grad_V, None
 
 
-def _chunk(hidden_nH: Tensor, at: slice, call: _Call, values_3n: Tensor) -> Tensor | None:
-    """Fills a chunk's loss, KL and cross-entropy; returns the gradient in the raw products of all V rows."""
-    head = call.head
-    logits_nV = head.curve(_logits(hidden_nH, head.weight, head.bias, None))
-    shared = slice(0, head.weight.shape[0]) if head.columns is None else head.columns
-    shared_nC = logits_nV[:, shared]
-    teacher_nC = None
+def _chunk(hidden_nH: Tensor, at: slice, call: _Call, values_Xn: Tensor) -> Tensor | None:
+    """Fills a chunk's values; returns the gradient in the raw products of all V rows."""
+    head, objective, T = call.head, call.objective, call.inputs.temperature
+    logits_nV = head.curve(logits(hidden_nH, head.weight, head.bias, None))
+    buckets = _Buckets(logits_nV, head, call.target, at)
+    teacher_nB: Any = None
     if call.target is not None:
-        teacher = call.target.head
-        teacher_nC = teacher.curve(_logits(call.target.hidden_NG[at], teacher.weight, teacher.bias, teacher.columns))
-    labels_n = None if call.labels_N is None else call.labels_N[at]
-    fused = call.objective.fused(shared_nC, teacher_nC, call.t, labels_n)
-    log_z_n = logits_nV.logsumexp(-1)
-    outside_n = 0.0 if head.width == logits_nV.shape[1] else log_z_n - shared_nC.logsumexp(-1)
+        teacher_nB = teacher_logits(call.target, at)
+        if head.has_rest and not isinstance(call.target, TopKSignal):
+            values_Xn[3] = (teacher_nB[:, -1] - teacher_nB.logsumexp(-1)).exp()
+    student_nB = buckets.logits_nB
+    if T != 1.0:
+        student_nB, teacher_nB = student_nB / T, teacher_nB.div_(T)
+    labels_n = None if call.inputs.labels_N is None else call.inputs.labels_N[at]
+    if labels_n is not None and isinstance(call.target, TopKSignal):
+        labels_n = _place(labels_n, call.target.ids_NK[at])
+    fused = objective.fused(student_nB, teacher_nB, call.inputs._replace(labels_N=labels_n))
+    del teacher_nB
+    outside_n = buckets.outside_n
+    distil, labelled = 1.0 - objective.ce_weight, objective.ce_weight
     weights_n = None if call.weights_N is None else call.weights_N[at].float()
-    for row, value_n in enumerate((fused.loss_N, fused.kl_N, fused.ce_N)):
-        values_3n[row] = value_n + outside_n
+    values_Xn[0] = distil * (T * T * fused.loss_N + outside_n)
+    values_Xn[1] = fused.kl_N + outside_n
+    values_Xn[2] = fused.ce_N + outside_n
+    if fused.temperature_gradient_N is not None:
+        values_Xn[4] = distil * fused.temperature_gradient_N
+    label_n1 = None
+    if labelled:
+        assert call.labels_N is not None
+        label_n1 = call.labels_N[at][:, None]
+        values_Xn[0] += labelled * (logits_nV.logsumexp(-1) - logits_nV.gather(-1, label_n1)[:, 0])
     if weights_n is not None:
-        values_3n[0] *= weights_n
+        values_Xn[0] *= weights_n
+        values_Xn[4] *= weights_n
     if not call.gradient:
         return None
-    gradient_nV = (logits_nV - log_z_n[:, None]).exp_()
-    if isinstance(shared, slice):
-        gradient_nV[:, shared] += fused.residual_NV
-    else:
-        gradient_nV.index_add_(1, shared, fused.residual_NV)
+    gradient_nV = buckets.spread(fused.gradient_NB.mul_(T) if T != 1.0 else fused.gradient_NB)
+    if label_n1 is not None:
+        q_nV = logits_nV.softmax(-1).scatter_add_(-1, label_n1, torch.full_like(label_n1, -1, dtype=torch.float32))
+        gradient_nV = gradient_nV.mul_(distil).add_(q_nV, alpha=labelled)
     if weights_n is not None:
         gradient_nV *= weights_n[:, None]
     return head.curve_gradient(logits_nV, gradient_nV)
 
 
-def _logits(hidden_nH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, columns: Tensor | slice | None) -> Tensor:
-    """fp32 products [n, C] with the rows named by ``columns``, plus bias; a gathered weight lives a tile long."""
-    weight_VH, bias_V = weight_VH.detach(), None if bias_V is None else bias_V.detach()
-    if isinstance(columns, slice):
-        weight_VH, bias_V = weight_VH[columns], None if bias_V is None else bias_V[columns]
-        columns = None
-    width = weight_VH.shape[0] if columns is None else len(columns)
-    out_nC = hidden_nH.new_empty(hidden_nH.shape[0], width, dtype=torch.float32)
-    whole = columns is None and (weight_VH.dtype == torch.float32 or weight_VH.is_cuda)
-    for start in range(0, width, width if whole else TILE):
-        tile = slice(start, min(width, start + (width if whole else TILE)))
-        rows_tH = weight_VH[tile] if columns is None else weight_VH[columns[tile]]
-        out_nC[:, tile] = _mm(hidden_nH, rows_tH.T)
-    if bias_V is not None:
-        out_nC += (bias_V if columns is None else bias_V[columns]).float()
-    return out_nC
+class _Buckets:
+    """The student's logits over the buckets of a chunk, and the way of a gradient back to all rows of its head.
+
+    A bucket's logit is the logsumexp of its tokens' logits, so a token's share of the bucket's gradient is its share
+    of the bucket's mass. ``outside_n`` is minus the log of the mass that all buckets hold.
+    """
+
+    def __init__(self, logits_nV: Tensor, head: Head, target: TeacherSignal | None, at: slice):
+        self.logits_nV, self.head = logits_nV, head
+        shared_nC = logits_nV if head.columns is None else logits_nV[:, head.columns]
+        self.rest_nR = None
+        if head.has_rest:
+            self.rest_nR = logits_nV[:, head.rest]
+            self.rest_n1 = self.rest_nR.logsumexp(-1, keepdim=True)
+            shared_nC = torch.cat([shared_nC, self.rest_n1], -1)
+        self.shared_nC = self.logits_nB = shared_nC
+        self.ids_nK = None
+        if isinstance(target, TopKSignal):
+            self.ids_nK = target.ids_NK[at]
+            self.tail_n1 = shared_nC.scatter(-1, self.ids_nK, -torch.inf).logsumexp(-1, keepdim=True)
+            self.tail_n1.clamp_min_(-1e4)  # every token is listed
+            self.logits_nB = torch.cat([shared_nC.gather(-1, self.ids_nK), self.tail_n1], -1)
+        rows = head.width + (0 if self.rest_nR is None else self.rest_nR.shape[1])
+        self.has_padding = rows < logits_nV.shape[1]
+        self.outside_n: Any = 0.0
+        if self.has_padding:
+            self.log_z_n1 = logits_nV.logsumexp(-1, keepdim=True)
+            self.log_b_n1 = self.logits_nB.logsumexp(-1, keepdim=True)
+            self.outside_n = (self.log_z_n1 - self.log_b_n1)[:, 0]
+
+    def spread(self, gradient_nB: Tensor) -> Tensor:
+        """The gradient [n, V] of the objective and of ``outside_n`` from that in the buckets' logits."""
+        if self.has_padding:
+            gradient_nB = gradient_nB.sub_((self.logits_nB - self.log_b_n1).exp_())
+        if self.ids_nK is not None:
+            tail_nC = (self.shared_nC - self.tail_n1).exp_().mul_(gradient_nB[:, -1:])
+            gradient_nB = tail_nC.scatter_(-1, self.ids_nK, gradient_nB[:, :-1])
+        if self.head.columns is None:
+            return gradient_nB
+        gradient_nV = self._background()
+        shared_nC = gradient_nB
+        if self.rest_nR is not None and self.head.rest is not None:
+            rest_nR = (self.rest_nR - self.rest_n1).exp_().mul_(gradient_nB[:, -1:])
+            gradient_nV.index_add_(1, self.head.rest, rest_nR)
+            shared_nC = gradient_nB[:, :-1]
+        if isinstance(self.head.columns, slice):
+            gradient_nV[:, self.head.columns] += shared_nC
+        else:
+            gradient_nV.index_add_(1, self.head.columns, shared_nC)
+        return gradient_nV
+
+    def _background(self) -> Tensor:
+        if self.has_padding:
+            return (self.logits_nV - self.log_z_n1).exp_()
+        return torch.zeros_like(self.logits_nV)
 
 
-def _times_weight(gradient_nV: Tensor, weight_VH: Tensor) -> Tensor:
-    """gradient @ weight in fp32, [n, H]."""
-    weight_VH = weight_VH.detach()
-    if weight_VH.dtype == torch.float32 or weight_VH.is_cuda:
-        return _mm(gradient_nV, weight_VH)
-    out_nH = gradient_nV.new_zeros(gradient_nV.shape[0], weight_VH.shape[1])
-    for start in range(0, weight_VH.shape[0], TILE):
-        out_nH.addmm_(gradient_nV[:, start : start + TILE], weight_VH[start : start + TILE].float())
-    return out_nH
-
-
-def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with an fp32 result; half-precision factors are multiplied as they are, without rounding the result."""
-    if b.dtype != torch.float32 and b.is_cuda:  # not run here: no GPU
-        return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float())
-
-
-@contextmanager
-def _products(weight: Tensor):
-    """On a CPU with a bf16 head: fp32 tensors are multiplied in bf16 with fp32 results (exact for bf16 values)."""
-    if weight.dtype != torch.bfloat16 or weight.is_cuda:
-        yield
-        return
-    matmul: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
-    saved = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = saved
+def _place(labels_n: Tensor, ids_nK: Tensor) -> Tensor:
+    """Where each label is among the listed ids; K, the tail, where it is not."""
+    at_nK = ids_nK == labels_n[:, None]
+    return torch.where(at_nK.any(-1), at_nK.int().argmax(-1), ids_nK.shape[1])

@@ -1,0 +1,72 @@
+"""The matrix products of the loss: half-precision factors, fp32 results.
+
+Legend: n rows of a chunk, H hidden width, V rows of a head, C columns in use.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TILE = 16384  # rows of a half-precision head that are in fp32 at a time, on a CPU
+
+
+def logits(
+    hidden_nH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    columns: Tensor | slice | None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """fp32 products [n, C] with the rows named by ``columns``, plus bias; a gathered weight lives a tile long."""
+    hidden_nH, weight_VH = hidden_nH.detach(), weight_VH.detach()
+    bias_V = None if bias_V is None else bias_V.detach()
+    if isinstance(columns, slice):
+        weight_VH, bias_V = weight_VH[columns], None if bias_V is None else bias_V[columns]
+        columns = None
+    width = weight_VH.shape[0] if columns is None else len(columns)
+    out_nC = hidden_nH.new_empty(hidden_nH.shape[0], width, dtype=torch.float32) if out is None else out
+    whole = columns is None and (weight_VH.dtype == torch.float32 or weight_VH.is_cuda)
+    for start in range(0, width, width if whole else TILE):
+        tile = slice(start, min(width, start + (width if whole else TILE)))
+        rows_tH = weight_VH[tile] if columns is None else weight_VH[columns[tile]]
+        out_nC[:, tile] = mm(hidden_nH, rows_tH.T)
+    if bias_V is not None:
+        out_nC += (bias_V if columns is None else bias_V[columns]).float()
+    return out_nC
+
+
+def times_weight(gradient_nV: Tensor, weight_VH: Tensor) -> Tensor:
+    """gradient @ weight in fp32, [n, H]."""
+    weight_VH = weight_VH.detach()
+    if weight_VH.dtype == torch.float32 or weight_VH.is_cuda:
+        return mm(gradient_nV, weight_VH)
+    out_nH = gradient_nV.new_zeros(gradient_nV.shape[0], weight_VH.shape[1])
+    for start in range(0, weight_VH.shape[0], TILE):
+        out_nH.addmm_(gradient_nV[:, start : start + TILE], weight_VH[start : start + TILE].float())
+    return out_nH
+
+
+def mm(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with an fp32 result; half-precision factors are multiplied as they are, without rounding the result."""
+    if b.dtype != torch.float32 and b.is_cuda:  # not run here: no GPU
+        return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())
+
+
+@contextmanager
+def fp32_results(weight: Tensor):
+    """On a CPU with a bf16 head: fp32 tensors are multiplied in bf16 with fp32 results (exact for bf16 values)."""
+    if weight.dtype != torch.bfloat16 or weight.is_cuda:
+        yield
+        return
+    matmul: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    saved = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = saved
