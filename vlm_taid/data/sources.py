@@ -71,6 +71,8 @@ class DataOptions:
     """The longest row in tokens, images included; a longer one is a bad row, never cut (default: no limit)."""
     min_paired_share: float = 0.5
     """The share of an answer's tokens that must pair between teacher and student; below it the row is bad."""
+    pair: Literal["boundaries", "identical_tokens"] = "boundaries"
+    """Two tokenizers: boundaries pairs wherever both have a token beginning; identical_tokens only equal tokens."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What to do with a row that cannot be used: stop, or skip it and count it."""
     allow_urls: bool = False

@@ -1,8 +1,9 @@
 """Rows as the two models read them: token streams, the vocabulary that they share, and the positions that pair."""
 
 from .alignment import Alignment, align
+from .answers import Answer
 from .collator import PairedBatch, PairedCollator
-from .encoder import Answer, Stream, StreamEncoder, same_processing
+from .encoder import Stream, StreamEncoder, same_processing
 from .vocabulary import SharedVocabulary
 
 __all__ = [

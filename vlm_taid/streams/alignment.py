@@ -1,7 +1,7 @@
 """align: which positions of two streams predict the same thing.
 
 Only answers pair: prompts, templates and image tokens may differ at will. Content tokens pair where both begin at
-the same place of the answer; the end of turn pairs with the end of turn.
+the same byte of the answer, whatever the two tokenizers; the end of turn pairs with the end of turn.
 
 Legend: N paired answer tokens.
 """
@@ -9,9 +9,11 @@ Legend: N paired answer tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ..errors import BadRow
-from .encoder import Answer, Stream
+from .answers import Answer
+from .encoder import Stream
 from .vocabulary import SharedVocabulary
 
 
@@ -36,9 +38,21 @@ class Alignment:
 
 
 def align(
-    student: Stream, teacher: Stream, vocabulary: SharedVocabulary, *, min_paired_share: float = 0.5
+    student: Stream,
+    teacher: Stream,
+    vocabulary: SharedVocabulary,
+    *,
+    pair: Literal["boundaries", "identical_tokens"] = "boundaries",
+    min_paired_share: float = 0.5,
 ) -> Alignment:
     """Pairs two streams of one conversation.
+
+    Args:
+        student, teacher: its streams.
+        vocabulary: the models' shared vocabulary.
+        pair: ``boundaries``: wherever both have a token beginning at the same byte, so that both predict the same
+            text; ``identical_tokens``: only where that next token is also the same in both.
+        min_paired_share: of the student's answer tokens, ends of turn included.
 
     Raises:
         BadRow: the answers' texts differ, or under ``min_paired_share`` of the student's answer tokens pair.
@@ -53,7 +67,9 @@ def align(
                 f"answer {number} differs between the student's stream ({mine.text!r}) and the teacher's "
                 f"({theirs.text!r}): their chat templates rewrite it differently",
             )
-        paired = _content_pairs(mine, theirs)
+        paired = _content_pairs(mine, theirs, my_ids, their_ids, vocabulary.to_teacher)
+        if pair == "identical_tokens":
+            paired = [(i, j) for i, j in paired if vocabulary.to_teacher.get(my_ids[i]) == their_ids[j]]
         first_unpaired += not (paired and paired[0][0] == mine.tokens[0])
         content += len(paired)
         supervised += len(mine.tokens) + mine.straddling
@@ -80,25 +96,16 @@ def align(
     )
 
 
-def _content_pairs(mine: Answer, theirs: Answer) -> list[tuple[int, int]]:
-    if mine.starts == theirs.starts and _lead(mine) == _lead(
-        theirs
-    ):  # cut alike, also where a character takes several tokens
+def _content_pairs(
+    mine: Answer, theirs: Answer, my_ids: list[int], their_ids: list[int], to_teacher: dict[int, int]
+) -> list[tuple[int, int]]:
+    same_ids = [to_teacher.get(my_ids[i]) for i in mine.tokens] == [their_ids[i] for i in theirs.tokens]
+    if same_ids and mine.starts[:1] == theirs.starts[:1] and mine.lead == theirs.lead:
         return list(zip(mine.tokens, theirs.tokens, strict=True))
-    # elsewhere a place where two tokens begin is inside a character: no boundary
-    lead = _lead(theirs) - _lead(mine)
-    at = {
-        start - lead: i
-        for start, i in zip(theirs.starts, theirs.tokens, strict=True)
-        if theirs.starts.count(start) == 1
-    }
+    # bytes of the content without its leading blanks, which one template may strip
+    at = {start - theirs.lead: i for start, i in zip(theirs.starts, theirs.tokens, strict=True) if start is not None}
     return [
-        (i, at[start])
+        (i, at[start - mine.lead])
         for start, i in zip(mine.starts, mine.tokens, strict=True)
-        if start in at and mine.starts.count(start) == 1
+        if start is not None and start - mine.lead in at
     ]
-
-
-def _lead(answer: Answer) -> int:
-    """Characters of blank that the rendered answer begins with: what one template may keep and another strip."""
-    return len(answer.text) - len(answer.text.lstrip())

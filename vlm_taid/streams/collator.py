@@ -133,7 +133,8 @@ class PairedCollator:
                 raise BadRow(student.row, "the row has no answer token: it has no assistant turn, or an empty one")
             return Alignment(positions, positions, student.input_ids_T[1:][positions].tolist(), 1.0, 0, 1.0)
         assert self.vocabulary is not None
-        return align(student, teacher, self.vocabulary, min_paired_share=self.options.min_paired_share)
+        options = self.options
+        return align(student, teacher, self.vocabulary, pair=options.pair, min_paired_share=options.min_paired_share)
 
     def _batch(self, student: dict, teacher: dict, pairs: list[Alignment]) -> dict[str, Any]:
         def flat(positions: list[list[int]], inputs: dict) -> torch.Tensor:

@@ -20,27 +20,10 @@ from torch import Tensor
 
 from ..data import Conversation, DataOptions, Part, Turn
 from ..errors import BadRow, InputError
+from .answers import Answer, find_answers
+from .token_bytes import TokenBytes
 
 SENTINEL = re.compile("\ue000(\\d+)\ue001")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One answer in a stream.
-
-    Args:
-        text: the answer's content as rendered.
-        tokens: indices of its content tokens.
-        starts: where each of them begins, in characters from the content's begin (-1: it holds a blank before it).
-        end_of_turn: index of the end-of-turn token, or None where the template has none.
-        straddling: tokens that hold both content and other text; they are context, not answer.
-    """
-
-    text: str
-    tokens: list[int]
-    starts: list[int]
-    end_of_turn: int | None
-    straddling: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,8 +72,7 @@ class StreamEncoder:
         self.takes_images = getattr(processor, "image_processor", None) is not None
         # a processor's template reads content as parts, a tokenizer's as one string
         self.renderer = processor if getattr(processor, "chat_template", None) else self.tokenizer
-        self.special_ids = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        self.special_ids |= set(self.tokenizer.all_special_ids)
+        self.token_bytes = TokenBytes(self.tokenizer)
         picture = (Part(image=Image.new("RGB", (64, 64), (128, 128, 128))),) if self.takes_images else ()
         templated = self.renderer.chat_template is not None
         turns = (Turn("user", (*picture, Part("Hello"))), Turn("assistant", (Part("Hello"),)))
@@ -99,7 +81,9 @@ class StreamEncoder:
         first = self.tokenizer("a").input_ids[:1]
         self.bos = self.tokenizer.bos_token if first == [self.tokenizer.bos_token_id] else ""
         image_id = getattr(processor, "image_token_id", None)
-        self._ends = {i for i in self.special_ids if i != image_id}  # narrowed to the one token that ends answers
+        self._ends = {
+            i for i in self.token_bytes.special if i != image_id
+        }  # narrowed to the one token that ends answers
         end = self._proven(self.filler)
         self._ends = set() if end is None else {end}
         if templated:
@@ -187,11 +171,8 @@ class StreamEncoder:
             text = _expanded(texts[index], replaced_B[index])
             spans_here = [_shifted(span, replaced_B[index]) for span in spans[index]]
             ends = self._ends if conversation.templated else {self.tokenizer.eos_token_id}
-            answers = _answers(text, ids_T.tolist(), offsets_BT2[index, :length].tolist(), spans_here, ends)
-            for answer in answers:  # some tokenizers' offsets leave out the blank that a token holds
-                if answer.starts[:1] == [0] and not answer.text[0].isspace():
-                    first = self.tokenizer.convert_ids_to_tokens(int(ids_T[answer.tokens[0]]))
-                    answer.starts[0] = -1 if first[0] in "Ġ▁" else 0
+            offsets = offsets_BT2[index, :length].tolist()
+            answers = find_answers(text, ids_T.tolist(), offsets, spans_here, ends, self.token_bytes)
             streams.append(Stream(conversation.row, text, ids_T, answers))
         if refused:
             return EncodedBatch(refused=refused)
@@ -333,30 +314,3 @@ def _expanded(text: str, replaced: list[dict]) -> str:
         pieces += [text[at : item["span"][0]], item["replacement"]]
         at = item["span"][1]
     return "".join([*pieces, text[at:]])
-
-
-def _answers(
-    text: str, ids: list[int], offsets: list[list[int]], spans: list[tuple[int, int]], ends: set[int]
-) -> list[Answer]:
-    """The tokens of each answer's span, and the token of ``ends`` that follows it with nothing but blanks between."""
-    answers = []
-    for start, stop in spans:
-        tokens, starts, straddling, end_of_turn = [], [], 0, None
-        for i, (begin, end) in enumerate(offsets):
-            if end <= start or end == begin:
-                continue
-            if begin >= stop:
-                if text[stop:begin].strip():
-                    break
-                if ids[i] in ends:
-                    end_of_turn = i
-                    break
-                continue
-            # a blank before the answer, which a model generates with its first word, is the answer's
-            if end <= stop and (begin >= start or text[begin:start].isspace()):
-                tokens.append(i)
-                starts.append(max(begin - start, -1))
-            else:
-                straddling += 1
-        answers.append(Answer(text[start:stop], tokens, starts, end_of_turn, straddling))
-    return answers
