@@ -207,7 +207,7 @@ def test_same_processing(folders, tmp_path):
     larger = StreamEncoder(load_processor(families.llava(tmp_path / "larger", image=48)))
     assert same_processing(llava, again)
     assert not same_processing(llava, larger)
-    again.renderer.chat_template = CHAT_TEMPLATE.replace("'<|im_end|>\n'", "'<|im_end|>'")
+    again.renderer.template = CHAT_TEMPLATE.replace("'<|im_end|>\n'", "'<|im_end|>'")
     assert not same_processing(llava, again)
     limited = StreamEncoder(load_processor(folders["llava"]), DataOptions(train=[], max_length=3))
     assert not same_processing(limited, larger)

@@ -69,6 +69,8 @@ class DataOptions:
     """The sources on which the loss is measured during training."""
     max_length: int | None = None
     """The longest row in tokens, images included; a longer one is a bad row, never cut (default: no limit)."""
+    answers: Literal["all", "last"] = "all"
+    """Which answers of a conversation are learned; last: the earlier ones are context, as the template writes them."""
     min_paired_share: float = 0.5
     """The share of an answer's tokens that must pair between teacher and student; below it the row is bad."""
     pair: Literal["boundaries", "identical_tokens"] = "boundaries"

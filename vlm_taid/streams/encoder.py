@@ -1,15 +1,13 @@
 """StreamEncoder: a conversation becomes the token stream of one model, with its answers found in it.
 
-Answers are found in the rendered text, not in tokens: the conversation is rendered once with sentinels in place of
-the answers and once for real; what stands between the fixed pieces is the answer. The processor's offsets then give
-the tokens, however many tokens an image takes.
+Answers are found in the rendered text (``rendering``), not in tokens; the processor's offsets then give the tokens,
+however many tokens an image takes.
 
 Legend: B rows, T positions.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,9 +19,9 @@ from torch import Tensor
 from ..data import Conversation, DataOptions, Part, Turn
 from ..errors import BadRow, InputError
 from .answers import Answer, find_answers
+from .processors import TEMPLATES, finish, process
+from .rendering import Renderer
 from .token_bytes import TokenBytes
-
-SENTINEL = re.compile("\ue000(\\d+)\ue001")
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class StreamEncoder:
 
     Args:
         processor: a transformers processor, or a fast tokenizer for text-only models, with a chat template.
-        options: DataOptions; ``max_length`` is used.
+        options: DataOptions; ``max_length`` and ``answers`` are used.
 
     Raises:
         InputError: the tokenizer has no offsets, or a proof fails: the answers found in two made-up rows must be
@@ -62,7 +60,8 @@ class StreamEncoder:
 
     def __init__(self, processor: Any, options: DataOptions | None = None):
         self.processor = processor
-        self.max_length = (options or DataOptions(train=[])).max_length
+        options = options or DataOptions(train=[])
+        self.max_length = options.max_length
         self.tokenizer = getattr(processor, "tokenizer", processor)
         name = type(self.tokenizer).__name__
         if not getattr(self.tokenizer, "is_fast", False):
@@ -70,23 +69,20 @@ class StreamEncoder:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token  # masks come from lengths, so any id will do
         self.takes_images = getattr(processor, "image_processor", None) is not None
-        # a processor's template reads content as parts, a tokenizer's as one string
-        self.renderer = processor if getattr(processor, "chat_template", None) else self.tokenizer
+        self.renderer = Renderer(processor, last_answer_alone=options.answers == "last")
         self.token_bytes = TokenBytes(self.tokenizer)
         picture = (Part(image=Image.new("RGB", (64, 64), (128, 128, 128))),) if self.takes_images else ()
-        templated = self.renderer.chat_template is not None
+        templated = self.renderer.template is not None
         turns = (Turn("user", (*picture, Part("Hello"))), Turn("assistant", (Part("Hello"),)))
         self.filler = Conversation(turns, row="the filler row", templated=templated)
         """A short row with a picture, if the model takes any: what fills a batch that would have none."""
-        first = self.tokenizer("a").input_ids[:1]
-        self.bos = self.tokenizer.bos_token if first == [self.tokenizer.bos_token_id] else ""
         image_id = getattr(processor, "image_token_id", None)
         self._ends = {
             i for i in self.token_bytes.special if i != image_id
         }  # narrowed to the one token that ends answers
         end = self._proven(self.filler)
         self._ends = set() if end is None else {end}
-        if templated:
+        if templated and self.renderer.template not in TEMPLATES.values():
             self._proven(Conversation((*turns, *turns), row="the two-turn row"))
 
     def _proven(self, row: Conversation) -> int | None:
@@ -130,20 +126,20 @@ class StreamEncoder:
 
     def encode_batch(self, conversations: Sequence[Conversation]) -> EncodedBatch:
         """Streams and padded inputs of several conversations, by one call of the processor."""
-        texts, spans, refused = [], [], {}
-        for index, (conversation, rendered) in enumerate(zip(conversations, self._render(conversations), strict=True)):
-            try:
-                text, pieces = rendered
-                texts.append(text)
-                spans.append(_answer_spans(conversation, text, pieces))
-                if conversation.images and not self.takes_images:
-                    raise BadRow(conversation.row, "the row has an image and the model reads text alone")
-            except BadRow as error:
-                refused[index] = error
+        refused: dict[int, BadRow] = {}
+        texts, spans = [], []
+        for index, (conversation, rendered) in enumerate(zip(conversations, self.renderer(conversations), strict=True)):
+            bad = rendered if isinstance(rendered, BadRow) else self._wrong_images(conversation, rendered.text)
+            if bad is not None:
+                refused[index] = bad
+            elif not isinstance(rendered, BadRow):
+                texts.append(rendered.text)
+                spans.append(rendered.spans)
         if refused:
             return EncodedBatch(refused=refused)
         try:
-            output = self._process(texts, [conversation.images for conversation in conversations])
+            images = [conversation.images for conversation in conversations] if self.takes_images else None
+            output = process(self.processor, texts, images)
         except Exception as error:
             if len(conversations) > 1:  # which of them was it?
                 single = [self.encode_batch([conversation]).refused for conversation in conversations]
@@ -156,7 +152,7 @@ class StreamEncoder:
             refused = refused or {0: BadRow(conversations[0].row, f"the processor refuses it: {error}")}
             return EncodedBatch(refused=refused)
         offsets_BT2 = output.pop("offset_mapping")
-        replaced_B = output.pop("text_replacement_offsets", None) or [[]] * len(texts)
+        replaced_B = output.pop("text_replacement_offsets", [[]] * len(texts))
         lengths_B = output["attention_mask"].sum(-1).tolist()
         streams = []
         for index, conversation in enumerate(conversations):
@@ -176,7 +172,24 @@ class StreamEncoder:
             streams.append(Stream(conversation.row, text, ids_T, answers))
         if refused:
             return EncodedBatch(refused=refused)
-        return EncodedBatch(streams, dict(output))
+        finish(self.processor, output, streams)
+        return EncodedBatch(streams, output)
+
+    def _wrong_images(self, conversation: Conversation, text: str) -> BadRow | None:
+        """Images that the model cannot take, or that the rendered row has not a mark each for.
+
+        Processors count over a whole batch, where one row's surplus would take another row's image.
+        """
+        images, mark = len(conversation.images), getattr(self.processor, "image_token", None)
+        if images and not self.takes_images:
+            return BadRow(conversation.row, "the row has an image and the model reads text alone")
+        marks = images if mark is None or not self.takes_images else text.count(mark)
+        if marks == images:
+            return None
+        reason = f"the rendered row has {marks} image marks ({mark}) and {images} images: "
+        if marks > images:
+            return BadRow(conversation.row, reason + "take the mark out of its texts, or name the image it stands for")
+        return BadRow(conversation.row, reason + "the chat template leaves images out, use one that marks them all")
 
     def without_limit(self, conversations: Sequence[Conversation]) -> EncodedBatch:
         """Encodes rows of our own making, whatever ``max_length`` is."""
@@ -188,57 +201,6 @@ class StreamEncoder:
         if batch.refused:
             raise next(iter(batch.refused.values()))
         return batch
-
-    def _render(self, conversations: Sequence[Conversation]) -> list[tuple[str, list[str]]]:
-        """Each conversation's text, and the fixed pieces round its answers."""
-        rendered: dict[int, tuple[str, list[str]]] = {}
-        templated = [i for i, conversation in enumerate(conversations) if conversation.templated]
-        if templated and self.renderer.chat_template is None:
-            raise InputError(
-                f"{type(self.processor).__name__} has no chat template: set tokenizer.chat_template, or use a data "
-                "format without one (text, or prompt_completion with plain strings)"
-            )
-        structured = self.renderer is not self.tokenizer or self.takes_images
-        messages = []
-        for i in templated:
-            turns = conversations[i].messages(structured)
-            marked = [dict(turn) for turn in turns]
-            for number, turn in enumerate(turn for turn in marked if turn["role"] == "assistant"):
-                sentinel = f"\ue000{number}\ue001"
-                turn["content"] = [{"type": "text", "text": sentinel}] if structured else sentinel
-            messages += [turns, marked]
-        if messages:
-            texts = self.renderer.apply_chat_template(messages, tokenize=False)
-            for i, text, marked in zip(templated, texts[::2], texts[1::2], strict=True):
-                rendered[i] = (text, SENTINEL.split(marked)[::2])
-        for i, conversation in enumerate(conversations):
-            if not conversation.templated:
-                pieces = [self.bos]
-                for turn in conversation.turns:
-                    if turn.role == "assistant":
-                        pieces.append("")
-                    else:
-                        pieces[-1] += turn.text
-                pieces[-1] += self.tokenizer.eos_token or ""
-                answers = [turn.text for turn in conversation.turns if turn.role == "assistant"]
-                joined = "".join(piece + answer for piece, answer in zip(pieces, [*answers, ""], strict=True))
-                rendered[i] = (joined, pieces)
-        return [rendered[i] for i in range(len(conversations))]
-
-    def _process(self, texts: list[str], images: list[list[Image.Image]]) -> dict[str, Any]:
-        options: dict[str, Any] = {
-            "padding": True,
-            "padding_side": "right",
-            "return_tensors": "pt",
-            "add_special_tokens": False,  # the template has written them
-            "return_offsets_mapping": True,
-        }
-        if not self.takes_images:
-            return dict(self.tokenizer(texts, **options))
-        options["return_text_replacement_offsets"] = True
-        if any(images):
-            options["images"] = images
-        return dict(self.processor(text=texts, **options))
 
 
 def same_processing(student: StreamEncoder, teacher: StreamEncoder) -> bool:
@@ -262,44 +224,9 @@ def _serialised(encoder: StreamEncoder) -> tuple:
     return (
         type(encoder.processor),
         encoder.tokenizer.backend_tokenizer.to_str(),
-        encoder.renderer.chat_template,
+        encoder.renderer.template,
         repr(sorted(settings.items(), key=lambda item: item[0])),
     )
-
-
-def _answer_spans(conversation: Conversation, text: str, pieces: list[str]) -> list[tuple[int, int]]:
-    """Where the answers stand in the rendered text, in characters.
-
-    Raises:
-        BadRow: the template lost or changed an answer or what stands round it.
-    """
-    answers = [turn.text for turn in conversation.turns if turn.role == "assistant"]
-    if len(pieces) != len(answers) + 1:
-        reason = (
-            f"the chat template renders {len(pieces) - 1} of {len(answers)} answers: use a template that keeps them all"
-        )
-        raise BadRow(conversation.row, reason)
-    at, spans = 0, []
-    for number, (piece, answer) in enumerate(zip(pieces, answers, strict=False), start=1):
-        after = pieces[number]
-        start = at + len(piece)
-        found = None
-        if text.startswith(piece, at):
-            for form in (answer, answer.strip(), answer.rstrip(), answer.lstrip()):
-                if text.startswith(form + after, start):
-                    found = (start, start + len(form))
-                    break
-        if found is None:
-            reason = (
-                f"the chat template rewrites answer {number} or what stands before it (as templates do that strip "
-                "earlier thoughts): split the conversation into one row an answer, or use a template that keeps answers"
-            )
-            raise BadRow(conversation.row, reason)
-        spans.append(found)
-        at = found[1]
-    if not text.endswith(pieces[-1]) or at + len(pieces[-1]) != len(text):
-        raise BadRow(conversation.row, "the chat template adds text after the last answer that depends on the answer")
-    return spans
 
 
 def _shifted(span: tuple[int, int], replaced: list[dict]) -> tuple[int, int]:

@@ -1,0 +1,87 @@
+"""How a processor is called on rendered rows: one way for all, and two small tables for a family that needs another.
+
+PaliGemma has no chat template, its processor's own call adds text that its offsets leave out and refuses rows without
+a picture, and its attention mask depends on where the answer begins.
+
+Legend: B rows, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+if TYPE_CHECKING:
+    from .encoder import Stream
+
+# What a processor without a chat template is trained on.
+TEMPLATES = {
+    # big_vision's preprocessing: pictures, begin of text, prompt, newline; then the suffix and its end.
+    "PaliGemmaProcessor": (
+        "{%- if messages | map(attribute='role') | list not in (['user'], ['user', 'assistant']) -%}"
+        "{{- raise_exception('PaliGemma takes one question and one answer: split the conversation') -}}{%- endif -%}"
+        "{%- for part in messages[0]['content'] if part['type'] == 'image' -%}{{- '<image>' -}}{%- endfor -%}"
+        "{{- bos_token -}}"
+        "{%- for part in messages[0]['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}"
+        "{{- '\n' -}}"
+        "{%- if messages | length > 1 -%}"
+        "{%- for part in messages[1]['content'] -%}{{- part['text'] -}}{%- endfor -%}{{- eos_token -}}"
+        "{%- endif -%}"
+    )
+}
+
+
+def process(processor: Any, texts: list[str], images: Sequence[Sequence[Image.Image]] | None) -> dict[str, Any]:
+    """Padded inputs of a model, with ``offset_mapping`` [B, T, 2], and ``text_replacement_offsets`` (a list a row)
+    where a row has images.
+
+    Args:
+        processor: a processor, or a tokenizer for text alone.
+        texts: rendered rows with an image mark for each picture.
+        images: each row's pictures; None for a tokenizer.
+    """
+    options: dict[str, Any] = {
+        "padding": True,
+        "padding_side": "right",
+        "return_tensors": "pt",
+        "add_special_tokens": False,  # the template has written them
+        "return_offsets_mapping": True,
+    }
+    if images is None:
+        return dict(processor(texts, **options))
+    if type(processor).__name__ == "PaliGemmaProcessor":
+        return _paligemma(processor, texts, images, options)
+    if any(images):
+        options |= {"images": [list(row) for row in images], "return_text_replacement_offsets": True}
+    return dict(processor(text=texts, **options))
+
+
+def _paligemma(
+    processor: Any, texts: list[str], images: Sequence[Sequence[Image.Image]], options: dict[str, Any]
+) -> dict[str, Any]:
+    pictures = [image for row in images for image in row]
+    marks = [processor.image_token * processor.image_seq_length] * len(pictures)
+    texts, replaced = processor.get_text_with_replacements(list(texts), images_replacements=marks)
+    inputs = dict(processor.tokenizer(texts, **options))
+    inputs["text_replacement_offsets"] = replaced
+    if pictures:
+        inputs["pixel_values"] = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    return inputs
+
+
+def finish(processor: Any, inputs: dict[str, Any], streams: Sequence[Stream]) -> None:
+    """Adds what the model's inputs lack until the answers are found: PaliGemma's ``token_type_ids`` [B, T].
+
+    Its prefix (0) sees itself whole, its suffix (1) only what came before: without them the prompt would see the
+    answer.
+    """
+    if type(processor).__name__ == "PaliGemmaProcessor":
+        types_BT = torch.zeros_like(inputs["input_ids"])
+        for row, stream in enumerate(streams):
+            supervised = [i for answer in stream.answers for i in [*answer.tokens, answer.end_of_turn] if i is not None]
+            if supervised:
+                types_BT[row, min(supervised) :] = 1
+        inputs["token_type_ids"] = types_BT
