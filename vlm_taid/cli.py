@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from .errors import InputError
 
 USAGE = """vlm-taid COMMAND ...
 
   distill   --config RECIPE.yaml [--section.key VALUE ...]    train a student; --help lists every key
+  cache     --config RECIPE.yaml --output DIR                 the teacher's distributions to disk, for teacher.cache
   eval run  --model PATH --data NAME=FILE ...                 score a model on VQA files
   report    RUN [RUN ...] --output report.html                curves, results and sample answers as one page
 
@@ -22,6 +24,18 @@ def distill(arguments: list[str]) -> None:
     from .recipe import Recipe
 
     distill(Recipe.parse(arguments))
+
+
+def cache(arguments: list[str]) -> None:
+    from .caching import cache
+    from .parsing import with_recipe
+    from .recipe import Recipe
+
+    parser = with_recipe("cache", "Write the teacher's top-k distributions of every answer token to disk.")
+    parser.add_argument("--output", type=Path, required=True, help="the cache's folder; a part of it is gone on with")
+    parser.add_argument("--k", type=int, default=64, help="tokens to keep at each position (default: 64)")
+    options, rest = parser.parse_known_args(arguments)
+    print(f"cache: {cache(Recipe.parse(rest), options.output, options.k)}")
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -48,7 +62,12 @@ def report(arguments: list[str]) -> None:
     print(f"report: {report(**vars(parser.parse(arguments)[1]))}")
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"distill": distill, "eval": evaluate, "report": report}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "distill": distill,
+    "cache": cache,
+    "eval": evaluate,
+    "report": report,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

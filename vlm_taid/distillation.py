@@ -14,6 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 
+from .caching import belongs
 from .checkpoints import MANIFEST, broken, newest_whole
 from .data import ConversationDataset
 from .errors import InputError
@@ -21,7 +22,7 @@ from .model_card import model_card
 from .pretrained import load_model, load_processor
 from .recipe import Recipe
 from .streams import PairedCollator, SharedVocabulary, StreamEncoder, same_processing
-from .teachers import LiveTeacher
+from .teachers import CachedTeacher, LiveTeacher, head_rows
 from .trainer import DistillationArguments, DistillationTrainer
 
 DONE = "complete.json"
@@ -104,17 +105,22 @@ def build_trainer(recipe: Recipe, arguments: DistillationArguments) -> Distillat
     student = load_model(recipe.student)
     processor = load_processor(recipe.student.path, trust_remote_code=recipe.student.trust_remote_code)
     mine = StreamEncoder(processor, recipe.data)
-    teacher, theirs, vocabulary = None, None, None
+    teacher, theirs, vocabulary, stored = None, None, None, None
     if objective.uses_teacher and recipe.teacher is not None:
-        teacher = LiveTeacher(recipe.teacher, arguments.device)
+        if recipe.teacher.cache is None:
+            teacher = LiveTeacher(recipe.teacher, arguments.device)
         theirs = StreamEncoder(
             load_processor(recipe.teacher.path, trust_remote_code=recipe.teacher.trust_remote_code), recipe.data
         )
         vocabulary = SharedVocabulary(mine, theirs)
-        vocabulary.check_fits(_rows(student), _rows(teacher.model))
+        if recipe.teacher.cache is not None:
+            teacher = CachedTeacher(recipe.teacher.cache, belongs(recipe, theirs, vocabulary))
+            stored = teacher.stored
+        assert teacher is not None
+        vocabulary.check_fits(head_rows(student), teacher.head_rows)
         if same_processing(mine, theirs):
             theirs = mine
-    collator = PairedCollator(mine, theirs, vocabulary, recipe.data)
+    collator = PairedCollator(mine, theirs, vocabulary, recipe.data, stored)
 
     def rows(sources: Any) -> ConversationDataset | None:
         if not sources:
@@ -123,6 +129,10 @@ def build_trainer(recipe: Recipe, arguments: DistillationArguments) -> Distillat
             sources, on_bad_row=recipe.data.on_bad_row, allow_urls=recipe.data.allow_urls, seed=arguments.seed
         )
 
+    train_dataset, eval_dataset = rows(recipe.data.train), rows(recipe.data.validation)
+    if isinstance(teacher, CachedTeacher):
+        for dataset in (train_dataset, eval_dataset):
+            teacher.check_rows(dataset.row_names() if dataset else [])
     trainer = DistillationTrainer(
         student,
         arguments,
@@ -132,22 +142,16 @@ def build_trainer(recipe: Recipe, arguments: DistillationArguments) -> Distillat
         schedule=schedule,
         tower_training=recipe.student.tower_mode == "train",
         chunk=recipe.objective.chunk,
-        train_dataset=rows(recipe.data.train),
-        eval_dataset=rows(recipe.data.validation),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         processing_class=processor,
     )
     if teacher is not None and vocabulary is not None:
         trainer.accelerator.print(
             f"{'one encoding serves both models' if theirs is mine else 'each model has its own token stream'}; "
-            f"{len(vocabulary):,} shared tokens (heads of {_rows(student):,} and {_rows(teacher.model):,} rows)"
+            f"{len(vocabulary):,} shared tokens (heads of {head_rows(student):,} and {teacher.head_rows:,} rows)"
         )
     return trainer
-
-
-def _rows(model: Any) -> int:
-    """Rows of the language head; a ZeRO-3 weight tells its whole shape."""
-    weight = model.get_output_embeddings().weight
-    return getattr(weight, "ds_shape", weight.shape)[0]
 
 
 def _checkpoint(arguments: DistillationArguments, recipe: Recipe, output: Path) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import re
 from collections.abc import Sequence
@@ -47,3 +48,13 @@ class Parser(ArgumentParser):
             if key not in known and near and near[0] not in message:
                 return f"{message} (nearest known key: {near[0]})"
         return message
+
+
+def with_recipe(command: str, description: str) -> argparse.ArgumentParser:
+    """The parser of a command's own options, for its ``parse_known_args``; what is left is the recipe's."""
+    return argparse.ArgumentParser(
+        prog=f"vlm-taid {command}",
+        description=f"{description} All keys of a recipe may follow, as in vlm-taid distill.",
+        usage=f"vlm-taid {command} --config RECIPE.yaml [--section.key VALUE ...] [options]",
+        allow_abbrev=False,
+    )

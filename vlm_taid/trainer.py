@@ -35,7 +35,7 @@ from .objectives import (
 from .pretrained import vision_towers
 from .resumable import ResumableTrainer
 from .streams import PairedBatch, PairedCollator
-from .teachers import LiveTeacher
+from .teachers import CachedTeacher, LiveTeacher
 from .teachers.live import hidden_at
 from .training_log import Window, schedule_values
 
@@ -68,7 +68,7 @@ class DistillationTrainer(ResumableTrainer):
         args: DistillationArguments.
         objective: what the student is held against.
         collator: makes PairedBatches.
-        teacher: a LiveTeacher; None for ``sft``.
+        teacher: a LiveTeacher or a CachedTeacher; None for ``sft``.
         schedule: TAID's schedule; None for other objectives.
         tower_training: vision towers in train mode (dropout, BatchNorm statistics); else they stay in eval mode.
         chunk: rows of the fused loss at a time; None: by memory.
@@ -84,7 +84,7 @@ class DistillationTrainer(ResumableTrainer):
         *,
         objective: Objective,
         collator: PairedCollator,
-        teacher: LiveTeacher | None = None,
+        teacher: LiveTeacher | CachedTeacher | None = None,
         schedule: TAIDSchedule | None = None,
         tower_training: bool = False,
         chunk: int | None = None,

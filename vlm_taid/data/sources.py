@@ -122,6 +122,11 @@ class ConversationDataset(Dataset["Conversation | BadRow"]):
     def __len__(self) -> int:
         return len(self.row_R)
 
+    def row_names(self) -> list[str]:
+        """The names of all rows, in order; a row that the mixture repeats has its name at each place."""
+        names = zip(self.source_R.tolist(), self.row_R.tolist(), strict=True)
+        return [self.sources[source].row_name(row) for source, row in names]
+
     def __getitem__(self, index: int) -> Conversation | BadRow:
         source, row = self.sources[self.source_R[index]], int(self.row_R[index])
         options = source.options

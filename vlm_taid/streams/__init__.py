@@ -2,7 +2,7 @@
 
 from .alignment import Alignment, align
 from .answers import Answer
-from .collator import PairedBatch, PairedCollator
+from .collator import PairedBatch, PairedCollator, TeacherRow
 from .encoder import Stream, StreamEncoder, same_processing
 from .vocabulary import SharedVocabulary
 
@@ -14,6 +14,7 @@ __all__ = [
     "SharedVocabulary",
     "Stream",
     "StreamEncoder",
+    "TeacherRow",
     "align",
     "same_processing",
 ]

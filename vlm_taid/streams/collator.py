@@ -6,9 +6,11 @@ Legend: B rows, T positions, N paired answer tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 
 from ..data import Conversation, DataOptions
 from ..errors import BadRow
@@ -17,14 +19,25 @@ from .encoder import Stream, StreamEncoder
 from .vocabulary import SharedVocabulary
 
 
+@dataclass(frozen=True)
+class TeacherRow:
+    """A row as the teacher reads it: name, token ids, the positions that pair, pictures."""
+
+    name: str
+    ids_T: torch.Tensor
+    positions_N: Sequence[int]
+    images: Sequence[Image.Image]
+
+
 class PairedBatch(dict):
     """A batch for both models: a dict that moves between devices with its sharing intact.
 
     Keys:
         student, teacher: padded model inputs (``input_ids`` [B, T], ...); the same object when the two models read
-            the same tensors; ``teacher`` is None without one.
+            the same tensors; ``teacher`` is None without one, and where its signals are ``stored``.
         student_rows_N, teacher_rows_N: predicting positions as indices into [B * T].
         labels_N: the student's ids of the next tokens.
+        stored: what ``PairedCollator.stored`` gave for the rows; an empty dict without one.
         row_of_N: each answer token's row, as its place in what the collator was given.
         num_rows: rows that the collator was given.
         refused: messages of the rows left out.
@@ -63,6 +76,7 @@ class PairedCollator:
         student, teacher: the encoders; the same object when one encoding serves both; teacher None for ``sft``.
         vocabulary: their shared vocabulary; None when there is no second stream.
         options: DataOptions; ``on_bad_row`` and ``min_paired_share`` are used.
+        stored: called with the rows of a batch, in the worker; gives tensors that come with it, a stored teacher's.
     """
 
     def __init__(
@@ -71,9 +85,11 @@ class PairedCollator:
         teacher: StreamEncoder | None = None,
         vocabulary: SharedVocabulary | None = None,
         options: DataOptions | None = None,
+        stored: Callable[[Sequence[TeacherRow]], dict[str, torch.Tensor]] | None = None,
     ):
         self.student, self.teacher, self.vocabulary = student, teacher, vocabulary
         self.options = options or DataOptions(train=[])
+        self.stored = stored
         self.shared = teacher is None or teacher is student
         self.takes_images = student.takes_images or (teacher is not None and teacher.takes_images)
 
@@ -108,8 +124,21 @@ class PairedCollator:
             refused += bad.values()
             places = [place for index, place in enumerate(places) if index not in bad]
         row_of = [place for place, pair in zip(places, pairs, strict=True) for _ in pair.target_ids_N]
+        stored = {}
+        if self.stored is not None:
+            theirs = zip(places, teacher.streams, pairs, strict=False)  # the filler has a stream too
+            stored = self.stored(
+                [
+                    TeacherRow(given[place].row, stream.input_ids_T, pair.teacher_positions_N, given[place].images)
+                    for place, stream, pair in theirs
+                ]
+            )
+        batch = self._batch(student.inputs, teacher.inputs, pairs)
+        if stored:
+            batch["teacher"] = None
         return PairedBatch(
-            **self._batch(student.inputs, teacher.inputs, pairs),
+            **batch,
+            stored=stored,
             row_of_N=torch.tensor(row_of, dtype=torch.long),
             num_rows=len(conversations),
             refused=[str(row) for row in refused],

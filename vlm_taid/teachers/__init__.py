@@ -1,5 +1,18 @@
 """Where the teacher's signal comes from."""
 
-from .live import LiveTeacher, TeacherOptions
+from .cached import ABOUT, VERSION, CachedTeacher, ShardWriter, StoredTokens, fingerprint, row_key, shard_file
+from .live import LiveTeacher, TeacherOptions, head_rows
 
-__all__ = ["LiveTeacher", "TeacherOptions"]
+__all__ = [
+    "ABOUT",
+    "VERSION",
+    "CachedTeacher",
+    "LiveTeacher",
+    "ShardWriter",
+    "StoredTokens",
+    "TeacherOptions",
+    "fingerprint",
+    "head_rows",
+    "row_key",
+    "shard_file",
+]

@@ -31,6 +31,8 @@ class TeacherOptions(ModelOptions):
     """Under DeepSpeed: 0 keeps a whole teacher on every rank, 3 shards it over the ranks."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Further DeepSpeed settings of a sharded teacher; optimizer, scheduler and optimizer offload are removed."""
+    cache: str | None = None
+    """The folder that vlm-taid cache wrote of this teacher: it is read instead, and no teacher is loaded."""
 
 
 class LiveTeacher:
@@ -59,6 +61,11 @@ class LiveTeacher:
         engine.eval()
         return engine
 
+    @property
+    def head_rows(self) -> int:
+        """Rows of the language head."""
+        return head_rows(self.model)
+
     def share(self, columns: Tensor | slice) -> None:
         """Cuts the head to the teacher's ids of the shared vocabulary."""
         self.head = replace(self.head, columns=columns)
@@ -80,6 +87,12 @@ class LiveTeacher:
         parameters = [p for p in (self.head.weight, self.head.bias) if p is not None]
         with deepspeed.zero.GatheredParameters(parameters):
             yield
+
+
+def head_rows(model: Any) -> int:
+    """Rows of a model's language head; a ZeRO-3 weight tells its whole shape."""
+    weight = model.get_output_embeddings().weight
+    return getattr(weight, "ds_shape", weight.shape)[0]
 
 
 def hidden_at(model: Any, inputs: dict[str, Any], rows_N: Tensor) -> Tensor:

