@@ -149,10 +149,12 @@ class StreamEncoder:
                         f"{type(self.processor).__name__} takes each of these rows alone and not together "
                         f"({', '.join(conversation.row for conversation in conversations)}): {error}"
                     ) from error
-            refused = refused or {0: BadRow(conversations[0].row, f"the processor refuses it: {error}")}
+            sizes = ", ".join(f"{image.width} x {image.height}" for image in conversations[0].images) or "none"
+            reason = f"the processor refuses it: {error} (images, in pixels: {sizes}): change it or drop the row"
+            refused = refused or {0: BadRow(conversations[0].row, reason)}
             return EncodedBatch(refused=refused)
         offsets_BT2 = output.pop("offset_mapping")
-        replaced_B = output.pop("text_replacement_offsets", [[]] * len(texts))
+        replaced_B = output.pop("text_replacement_offsets")
         lengths_B = output["attention_mask"].sum(-1).tolist()
         streams = []
         for index, conversation in enumerate(conversations):

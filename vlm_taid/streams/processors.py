@@ -1,18 +1,21 @@
-"""How a processor is called on rendered rows: one way for all, and two small tables for a family that needs another.
+"""How a processor is called on rendered rows: one way for all, and two small tables for families that need another.
 
 PaliGemma has no chat template, its processor's own call adds text that its offsets leave out and refuses rows without
-a picture, and its attention mask depends on where the answer begins.
+a picture, and its attention mask depends on where the answer begins. PerceptionLM's own call refuses pictures of
+different numbers of tiles.
 
 Legend: B rows, T positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 if TYPE_CHECKING:
     from .encoder import Stream
@@ -33,10 +36,16 @@ TEMPLATES = {
     )
 }
 
+# Processors that are called in parts, and how they put their pictures' pixels together.
+TOGETHER: dict[str, Callable[[list[Tensor]], Tensor]] = {
+    "PaliGemmaProcessor": torch.stack,
+    "PerceptionLMProcessor": lambda tiles: torch.cat(tiles)[None],  # the model flattens pictures and tiles
+}
+
 
 def process(processor: Any, texts: list[str], images: Sequence[Sequence[Image.Image]] | None) -> dict[str, Any]:
-    """Padded inputs of a model, with ``offset_mapping`` [B, T, 2], and ``text_replacement_offsets`` (a list a row)
-    where a row has images.
+    """Padded inputs of a model, with ``offset_mapping`` [B, T, 2], and ``text_replacement_offsets``, each row's list
+    of image marks and what was written in their place.
 
     Args:
         processor: a processor, or a tokenizer for text alone.
@@ -51,24 +60,50 @@ def process(processor: Any, texts: list[str], images: Sequence[Sequence[Image.Im
         "return_offsets_mapping": True,
     }
     if images is None:
-        return dict(processor(texts, **options))
-    if type(processor).__name__ == "PaliGemmaProcessor":
-        return _paligemma(processor, texts, images, options)
+        return {**processor(texts, **options), "text_replacement_offsets": [[]] * len(texts)}
+    if type(processor).__name__ in TOGETHER:
+        return _in_parts(processor, texts, images, options)
     if any(images):
-        options |= {"images": [list(row) for row in images], "return_text_replacement_offsets": True}
-    return dict(processor(text=texts, **options))
+        options["images"] = [list(row) for row in images]
+    with _recorded(processor) as replaced_B:
+        inputs = dict(processor(text=texts, **options))
+    return {**inputs, "text_replacement_offsets": replaced_B or [[]] * len(texts)}
 
 
-def _paligemma(
+@contextmanager
+def _recorded(processor: Any) -> Iterator[list[list[dict[str, Any]]]]:
+    """What a processor writes in the place of image marks while the context lasts.
+
+    ``return_text_replacement_offsets=True`` asks for the same, and fails with InternVL and Idefics3 where a batch's
+    first row has no image: they make a tensor of its empty list.
+    """
+    replaced_B: list[list[dict[str, Any]]] = []
+    own = processor.get_text_with_replacements
+
+    def recording(*args: Any, **kwargs: Any) -> tuple[list[str], list[list[dict[str, Any]]]]:
+        texts, replaced = own(*args, **kwargs)
+        replaced_B.extend(replaced)
+        return texts, replaced
+
+    processor.get_text_with_replacements = recording
+    try:
+        yield replaced_B
+    finally:
+        del processor.get_text_with_replacements
+
+
+def _in_parts(
     processor: Any, texts: list[str], images: Sequence[Sequence[Image.Image]], options: dict[str, Any]
 ) -> dict[str, Any]:
+    """What a processor's own call does: the pictures, the text with their tokens, the tokenizer."""
     pictures = [image for row in images for image in row]
-    marks = [processor.image_token * processor.image_seq_length] * len(pictures)
+    processed = processor.image_processor(pictures) if pictures else {}
+    marks = [processor.replace_image_token(processed, image_idx=index) for index in range(len(pictures))]
     texts, replaced = processor.get_text_with_replacements(list(texts), images_replacements=marks)
     inputs = dict(processor.tokenizer(texts, **options))
     inputs["text_replacement_offsets"] = replaced
     if pictures:
-        inputs["pixel_values"] = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        inputs["pixel_values"] = TOGETHER[type(processor).__name__](list(processed["pixel_values"]))
     return inputs
 
 
