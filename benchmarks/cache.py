@@ -93,8 +93,8 @@ def main(models: Path, output: Path, steps: int, k: int) -> None:
     given = {
         "student.path": models / "student",
         "teacher.path": models / "teacher",
-        "data.train": json.dumps([{"path": str(models / "train.jsonl"), "format": "text", "limit": 8 * steps + 200}]),
-        "data.validation": json.dumps([{"path": str(models / "held_out.jsonl"), "format": "text", "limit": 100}]),
+        "data.train": json.dumps([{"path": str(models / "train.jsonl"), "format": "text", "limit": 8 * steps + 40}]),
+        "data.validation": json.dumps([{"path": str(models / "held_out.jsonl"), "format": "text", "limit": 60}]),
         "training.output_dir": output / "runs",
         "training.max_steps": steps,
         "training.logging_steps": 10,

@@ -128,9 +128,7 @@ def belongs(recipe: Recipe, theirs: StreamEncoder, vocabulary: SharedVocabulary)
         "teacher.config": _hash(json.dumps(config, sort_keys=True, default=str)),
         "teacher.dtype": teacher.dtype,
         "teacher.tokenizer": _hash(theirs.tokenizer.backend_tokenizer.to_str()),
-        "teacher.chat_template": _hash(
-            str(theirs.renderer.template)
-        ),
+        "teacher.chat_template": _hash(str(theirs.renderer.template)),
         "teacher.processor": _hash(repr(sorted(settings.items(), key=lambda item: item[0]))),
         "shared vocabulary": _hash(torch.cat(shared).numpy().tobytes()),
     }
