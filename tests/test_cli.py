@@ -139,6 +139,8 @@ def test_long_row_is_named_and_never_cut(recipe, capfd):
         (["--student.path", "no/such/folder"], "no/such/folder"),
         (["--data.train", "[]"], "data.train"),
         (["--objective.name", "fkl", "--objective.alpha", "0.1"], "objective.alpha"),
+        (["--objective.weight", "0.2"], "objective.divergence: js"),
+        (["--objective.temperature", "0"], "temperature must be positive"),
         (["--teacher.zero_stage", "3"], "teacher.zero_stage"),
         (["--training.eval_strategy", "steps"], "data.validation"),
         (["--training.train_sampling_strategy", "group_by_length"], "group_by_length"),

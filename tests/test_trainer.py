@@ -141,3 +141,24 @@ def test_model_with_missing_tensors_is_refused(pair, tmp_path):
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match="lack 1 tensors"):
         load_model(ModelOptions(str(tmp_path)))
+
+
+def test_ctkd_learns_its_temperature_and_resumes_it(pair):
+    whole = runs.here(pair[0]("ctkd", name="ctkd", save_strategy="steps", save_steps=2, save_total_limit=4))
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    path = [line["temperature"] for line in lines if "temperature" in line]
+    assert len(path) == 4 and path[1] != path[0]  # without strength at step 0, then away from where it began
+    part = runs.here(pair[0]("ctkd_resumed", name="ctkd", resume=str(whole / "checkpoint-2")))
+    resumed = [json.loads(line) for line in (part / "metrics.jsonl").read_text().splitlines()]
+    assert [line["temperature"] for line in resumed if "temperature" in line] == path[2:]
+
+
+@pytest.mark.parametrize("objective", [{"name": "dkd"}, {"name": "js", "ce_weight": 0.5, "temperature": 2.0}])
+def test_baselines_of_the_paper_run_from_a_recipe(pair, objective):
+    import yaml
+
+    file = pair[0](f"baseline_{objective['name']}", name=objective["name"], max_steps=2)
+    recipe = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump({**recipe, "objective": objective}))
+    lines = [json.loads(line) for line in (runs.here(file) / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["loss"] > 0 for line in lines if "loss" in line)

@@ -140,6 +140,7 @@ def build_trainer(recipe: Recipe, arguments: DistillationArguments) -> Distillat
         collator=collator,
         teacher=teacher,
         schedule=schedule,
+        temperature=recipe.objective.learned_temperature(),
         tower_training=recipe.student.tower_mode == "train",
         chunk=recipe.objective.chunk,
         train_dataset=train_dataset,

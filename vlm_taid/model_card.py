@@ -14,6 +14,13 @@ NAMES = {
     "taid": "TAID (Temporally Adaptive Interpolated Distillation)",
     "fkl": "forward KL distillation",
     "rkl": "reverse KL distillation",
+    "js": "generalised Jensen-Shannon distillation",
+    "tvd": "total variation distillation",
+    "sfkl": "skew forward KL distillation",
+    "srkl": "skew reverse KL distillation",
+    "akl": "adaptive KL distillation",
+    "dkd": "decoupled distillation",
+    "ctkd": "forward KL distillation at a learned temperature",
     "sft": "supervised fine-tuning",
 }
 CITATION = """@inproceedings{shing2025taid,

@@ -16,7 +16,7 @@ from jsonargparse import Namespace
 
 from .data import DataOptions
 from .errors import InputError
-from .objectives import Objective, TAIDSchedule
+from .objectives import OBJECTIVES, LearnedTemperature, Objective, TAIDSchedule
 from .parsing import Parser
 from .students import StudentOptions
 from .teachers import TeacherOptions
@@ -29,8 +29,12 @@ GATHER = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
 class ObjectiveOptions:
     """What the student is held against, and TAID's schedule."""
 
-    name: Literal["taid", "fkl", "rkl", "sft"] = "taid"
-    """taid, fkl (forward KL), rkl (reverse KL), or sft (labels alone, no teacher)."""
+    name: Literal["taid", "fkl", "rkl", "js", "tvd", "sfkl", "srkl", "akl", "dkd", "ctkd", "sft"] = "taid"
+    """taid, a baseline of the paper (fkl and rkl: the forward and reverse KL), or sft (labels alone, no teacher)."""
+    ce_weight: float = 0.0
+    """Share of the cross-entropy on the labels that is mixed in, 0 to 1."""
+    temperature: float = 1.0
+    """Divides both models' logits; the loss is multiplied by its square."""
     t_start: float = 0.4
     """taid: interpolation at the first step (paper: 0.4 for Phi-3, 0.2 for Llama-2 and StableLM teachers)."""
     t_end: float = 1.0
@@ -45,23 +49,56 @@ class ObjectiveOptions:
     """taid: what the adaptive step follows, the loss's cross-entropy form or its KL (ours)."""
     gain: float = 1.0
     """taid: factor on the signal's relative change (ours)."""
+    interpolation: Literal["logits", "probabilities"] = "logits"
+    """taid: what is interpolated, logits (paper) or probabilities (ours)."""
+    divergence: Literal["kl", "rkl", "js"] = "kl"
+    """taid: divergence to the interpolated target, kl (paper), or rkl or js (ours)."""
+    weight: float = 0.1
+    """js, sfkl, srkl, and taid with js: the weight w of the mixture."""
+    mu: float = 0.5
+    """akl: mass of the teacher's head."""
+    target_weight: float = 1.0
+    """dkd: weight of the target class's KL."""
+    non_target_weight: float = 0.5
+    """dkd: weight of the KL among the other tokens."""
+    temperature_learning_rate: float = 0.05
+    """ctkd: learning rate of its temperature (ours)."""
     chunk: int | None = None
     """Rows of the fused loss at a time; None: as many as 256 MiB of logits hold."""
 
     def objective(self) -> Objective:
         """The objective, after a check that no option of another one is set."""
-        if self.name != "taid":
-            schedule = {field.name for field in dataclasses.fields(TAIDSchedule)}
-            default = ObjectiveOptions(self.name)
-            if given := sorted(key for key in schedule if getattr(self, key) != getattr(default, key)):
-                raise InputError(f"objective.{given[0]} is an option of taid, and objective.name is {self.name}")
-        return Objective.named(self.name)
+        known = {f.name for f in dataclasses.fields(OBJECTIVES[self.name]) if f.init}
+        known |= {"name", "chunk"}
+        if self.name == "taid":
+            known |= {f.name for f in dataclasses.fields(TAIDSchedule)}
+        if self.name == "ctkd":
+            known |= {"temperature_learning_rate"}
+        others = [f for f in dataclasses.fields(self) if f.name not in known and getattr(self, f.name) != f.default]
+        if others:
+            keys = ", ".join(f"objective.{field.name}" for field in others)
+            raise InputError(f"objective.name is {self.name}, which has no option {keys}")
+        if self.name == "taid" and self.divergence != "js" and self.weight != 0.1:
+            raise InputError("objective.weight is read by taid only with objective.divergence: js")
+        options = {f.name for f in dataclasses.fields(OBJECTIVES[self.name]) if f.init}
+        try:
+            return Objective.named(self.name, **{key: getattr(self, key) for key in options})
+        except ValueError as error:
+            raise InputError(f"objective: {error}") from error
 
     def schedule(self) -> TAIDSchedule | None:
         if self.name != "taid":
             return None
         try:
             return TAIDSchedule(**{f.name: getattr(self, f.name) for f in dataclasses.fields(TAIDSchedule)})
+        except ValueError as error:
+            raise InputError(f"objective: {error}") from error
+
+    def learned_temperature(self) -> LearnedTemperature | None:
+        if self.name != "ctkd":
+            return None
+        try:
+            return LearnedTemperature(self.temperature_learning_rate)
         except ValueError as error:
             raise InputError(f"objective: {error}") from error
 
@@ -130,6 +167,7 @@ class Recipe:
         if not self.data.train:
             raise InputError("data.train is empty: give at least one source")
         self.objective.schedule()
+        self.objective.learned_temperature()
 
     def arguments(self) -> DistillationArguments:
         """The training section as DistillationArguments; under a launcher this starts the process group.

@@ -25,6 +25,7 @@ from .errors import InputError
 from .objectives import (
     FKL,
     Head,
+    LearnedTemperature,
     LinearDistillationOutput,
     Objective,
     TAIDSchedule,
@@ -70,6 +71,7 @@ class DistillationTrainer(ResumableTrainer):
         collator: makes PairedBatches.
         teacher: a LiveTeacher or a CachedTeacher; None for ``sft``.
         schedule: TAID's schedule; None for other objectives.
+        temperature: CTKD's learned temperature; None for other objectives.
         tower_training: vision towers in train mode (dropout, BatchNorm statistics); else they stay in eval mode.
         chunk: rows of the fused loss at a time; None: by memory.
         trainer_options: further arguments of Trainer (datasets, callbacks, processing_class, ...).
@@ -86,13 +88,14 @@ class DistillationTrainer(ResumableTrainer):
         collator: PairedCollator,
         teacher: LiveTeacher | CachedTeacher | None = None,
         schedule: TAIDSchedule | None = None,
+        temperature: LearnedTemperature | None = None,
         tower_training: bool = False,
         chunk: int | None = None,
         **trainer_options: Any,
     ):
         super().__init__(model, args, data_collator=collator, **trainer_options)
         self.objective, self.teacher, self.schedule, self.chunk = objective, teacher, schedule, chunk
-        self.collator = collator
+        self.temperature, self.collator = temperature, collator
         self.columns: Tensor | slice | None = None  # the student's, of the shared vocabulary
         if teacher is not None and collator.vocabulary is not None:
             self.columns = as_slice(collator.vocabulary.student_columns_C.to(args.device))
@@ -101,7 +104,7 @@ class DistillationTrainer(ResumableTrainer):
         self.head: Head | None = None  # proven at the first forward, inside the wrapper
         self.refused: Counter[str] = Counter()  # messages of this rank's refused rows
         self.refused_rows = self.seen_tokens = 0  # over all ranks
-        self._step_sums = torch.zeros(2, dtype=torch.float64, device=args.device)
+        self._step_sums = torch.zeros(3, dtype=torch.float64, device=args.device)
         self._step_tokens = 0.0
         self._window = Window()
 
@@ -137,7 +140,9 @@ class DistillationTrainer(ResumableTrainer):
         for tower in self.quiet_towers:
             tower.eval()
         output = self._objective(model, inputs, self.objective, self.schedule.t if self.schedule else None)
-        self._step_sums += torch.stack([output.ce_N, output.kl_N]).double().sum(-1).detach()
+        slope_N = output.temperature_gradient_N
+        slope_N = torch.zeros_like(output.kl_N) if slope_N is None else slope_N
+        self._step_sums += torch.stack([output.ce_N, output.kl_N, slope_N]).double().sum(-1).detach()
         return output.loss_N.sum() / num_items_in_batch * self.accelerator.num_processes
 
     def _objective(
@@ -150,14 +155,21 @@ class DistillationTrainer(ResumableTrainer):
             gathered = self.teacher.gathered()
 
         # plain tuples of tensors leave the wrappers: their backward hooks see nothing else
-        def at_the_head(hidden_NH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def at_the_head(hidden_NH: Tensor) -> tuple[Tensor | None, ...]:
             assert self.head is not None
             output = linear_distillation(
-                hidden_NH, self.head, target, objective, t=t, labels_N=batch["labels_N"], chunk=self.chunk
+                hidden_NH,
+                self.head,
+                target,
+                objective,
+                t=t,
+                labels_N=batch["labels_N"],
+                temperature=self.temperature.value if objective.name == "ctkd" and self.temperature else None,
+                chunk=self.chunk,
             )
-            return output.loss_N, output.kl_N, output.ce_N
+            return tuple(vars(output).values())
 
-        def forward() -> tuple[Tensor, Tensor, Tensor]:
+        def forward() -> tuple[Tensor | None, ...]:
             if self.head is None:
                 self.head = Head.of(student, self.columns)
             hidden_NH = hidden_at(student, batch["student"], batch["student_rows_N"])
@@ -187,13 +199,15 @@ class DistillationTrainer(ResumableTrainer):
         self._window.tokens += self._step_tokens
         if self.teacher is None:
             return
-        ce, kl = self.sum_over_ranks(self._step_sums).tolist()
+        ce, kl, slope = self.sum_over_ranks(self._step_sums).tolist()
         self._step_sums = torch.zeros_like(self._step_sums)
         self._window.kl += kl
         if self.schedule is not None:
             value = ce if self.schedule.signal == "ce" else kl
             mean = value / self._step_tokens if self._step_tokens else float("nan")
             self.schedule.update(mean, self.state.global_step - 1, self.state.max_steps)
+        if self.temperature is not None and self._step_tokens:
+            self.temperature.update(slope / self._step_tokens, self.state.global_step - 1, self.state.max_steps)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds t, KL, pairing and throughput to the training logs."""
@@ -202,6 +216,8 @@ class DistillationTrainer(ResumableTrainer):
             self._window = Window()
             if self.schedule is not None:
                 logs |= schedule_values(self.schedule, self.state.global_step - 1, self.state.max_steps)
+            if self.temperature is not None:
+                logs["temperature"] = self.temperature.value
             if self.refused_rows:
                 logs["refused_rows"] = self.refused_rows
         super().log(logs, start_time)
@@ -213,12 +229,12 @@ class DistillationTrainer(ResumableTrainer):
     ) -> EvalLoopOutput:
         """Token means over the held-out rows, each row counted once, whatever the ranks and the batch size.
 
-        An objective that interpolates is evaluated at its end, the forward KL to the teacher, so that values of
-        different steps compare. Training's random state stays as it was.
+        An objective that interpolates or learns its temperature is evaluated as the forward KL to the teacher, so that
+        values of different steps compare. Training's random state stays as it was.
         """
         model: Any = self.model_wrapped
         model.eval()
-        objective = FKL() if self.schedule is not None else self.objective
+        objective = FKL() if self.schedule is not None or self.temperature is not None else self.objective
         sums_B3, refused, began = [], 0, time.perf_counter()
         # a DataLoader draws a seed when it starts: without the fork, evaluation would change training's dropout
         devices = [self.args.device] if self.args.device.type == "cuda" else []
@@ -250,13 +266,16 @@ class DistillationTrainer(ResumableTrainer):
 
     def own_state(self) -> dict[str, Any]:
         schedule = None if self.schedule is None else self.schedule.state_dict()
-        return {"schedule": schedule, "refused": dict(self.all_refused())}
+        temperature = None if self.temperature is None else self.temperature.state_dict()
+        return {"schedule": schedule, "temperature": temperature, "refused": dict(self.all_refused())}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         self.refused = Counter(state["refused"] if self.is_world_process_zero() else {})
         self.refused_rows = sum(state["refused"].values())
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
+        if self.temperature is not None:
+            self.temperature.load_state_dict(state["temperature"])
 
     def training_begins(self) -> None:
         self._window = Window()

@@ -6,12 +6,14 @@ from .linear import LinearDistillationOutput, linear_distillation
 from .objective import FKL, OBJECTIVES, Objective
 from .signals import HiddenSignal, MixedSignal, TeacherSignal, TopKSignal
 from .taid import TAIDSchedule
+from .temperature import LearnedTemperature
 
 __all__ = [
     "FKL",
     "OBJECTIVES",
     "Head",
     "HiddenSignal",
+    "LearnedTemperature",
     "LinearDistillationOutput",
     "MixedSignal",
     "Objective",
