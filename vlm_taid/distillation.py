@@ -21,6 +21,7 @@ from .errors import InputError
 from .model_card import model_card
 from .pretrained import load_model, load_processor
 from .recipe import Recipe
+from .rollout import Rollout
 from .streams import PairedCollator, SharedVocabulary, StreamEncoder, same_processing
 from .teachers import CachedTeacher, LiveTeacher, head_rows
 from .trainer import DistillationArguments, DistillationTrainer
@@ -133,6 +134,10 @@ def build_trainer(recipe: Recipe, arguments: DistillationArguments) -> Distillat
     if isinstance(teacher, CachedTeacher):
         for dataset in (train_dataset, eval_dataset):
             teacher.check_rows(dataset.row_names() if dataset else [])
+    rollout = None
+    if recipe.rollout is not None:
+        rank = arguments.process_index
+        rollout = Rollout(recipe.rollout, train_dataset, collator, seed=arguments.seed, rank=rank)
     trainer = DistillationTrainer(
         student,
         arguments,
@@ -141,6 +146,7 @@ def build_trainer(recipe: Recipe, arguments: DistillationArguments) -> Distillat
         teacher=teacher,
         schedule=schedule,
         temperature=recipe.objective.learned_temperature(),
+        rollout=rollout,
         tower_training=recipe.student.tower_mode == "train",
         chunk=recipe.objective.chunk,
         train_dataset=train_dataset,

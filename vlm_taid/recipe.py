@@ -18,6 +18,7 @@ from .data import DataOptions
 from .errors import InputError
 from .objectives import OBJECTIVES, LearnedTemperature, Objective, TAIDSchedule
 from .parsing import Parser
+from .rollout import RolloutOptions
 from .students import StudentOptions
 from .teachers import TeacherOptions
 from .trainer import DistillationArguments
@@ -112,6 +113,7 @@ class Recipe:
     objective: ObjectiveOptions
     teacher: TeacherOptions | None
     training: dict[str, Any]
+    rollout: RolloutOptions | None = None
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -137,6 +139,7 @@ class Recipe:
             objective=sections.objective,
             teacher=sections.teacher,
             training=_changed(parsed.training),
+            rollout=sections.rollout,
         )
         recipe.check()
         return recipe
@@ -153,6 +156,14 @@ class Recipe:
         if self.teacher is not None and self.teacher.zero_stage == 3 and not self.training.get("deepspeed"):
             raise InputError("teacher.zero_stage is 3, which needs training.deepspeed and a launcher; 0 needs neither")
         training = self.training
+        if self.rollout is not None:
+            self.rollout.check()
+            if not objective.uses_teacher or objective.ce_weight > 0.0:
+                raise InputError("rollout: sft and objective.ce_weight train on labels, and a sample is none")
+            if self.teacher is not None and self.teacher.cache is not None:
+                raise InputError("rollout needs a live teacher: teacher.cache holds the data's answers alone")
+            if self.rollout.policy == "distillm" and training.get("eval_strategy", "no") == "no":
+                raise InputError("rollout.policy: distillm follows the validation loss: set training.eval_strategy")
         if training.get("eval_strategy", "no") != "no" and not self.data.validation:
             raise InputError("training.eval_strategy is set and data.validation is empty: give at least one source")
         if training.get("train_sampling_strategy") == "group_by_length":
@@ -200,6 +211,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in a recipe file; an ``sft`` run needs no teacher section."""
         sections = {"student": self.student, "teacher": self.teacher, "data": self.data, "objective": self.objective}
+        sections["rollout"] = self.rollout
         plain = {key: dataclasses.asdict(value) for key, value in sections.items() if value is not None}
         return {**plain, "training": self.training}
 
@@ -216,6 +228,7 @@ def recipe_parser() -> Parser:
     parser.add_argument("--teacher", type=TeacherOptions | None, default=None, help="the model that is learned from")
     parser.add_class_arguments(DataOptions, "data", help="what is trained on")
     parser.add_class_arguments(ObjectiveOptions, "objective", help="what the student is held against")
+    parser.add_argument("--rollout", type=RolloutOptions | None, default=None, help="answers that the student samples")
     parser.add_class_arguments(
         DistillationArguments,
         "training",

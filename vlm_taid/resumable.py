@@ -40,6 +40,12 @@ class ResumableTrainer(Trainer):
         """Takes what ``own_state`` gave."""
         raise NotImplementedError
 
+    def save_rank_state(self, checkpoint: Path) -> None:
+        """Writes what this rank alone has into a checkpoint's folder; every rank is called."""
+
+    def load_rank_state(self, checkpoint: Path) -> None:
+        """Takes what ``save_rank_state`` wrote."""
+
     def training_begins(self) -> None:
         """Called when the state is there, before the first step."""
 
@@ -69,15 +75,29 @@ class ResumableTrainer(Trainer):
         total: Any = self.accelerator.reduce(values, "sum")
         return total
 
-    def _init_training_state(self, *args: Any, **kwargs: Any):
-        found = super()._init_training_state(*args, **kwargs)
+    def _init_training_state(
+        self, max_steps: Any, steps_per_epoch: Any, epochs: Any, resume_from_checkpoint: Any, trial: Any
+    ):
+        found = super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
         states: Any = self.state.stateful_callbacks or {}
         if STATE in states:
             self.load_own_state(states[STATE]["attributes"])
+        if resume_from_checkpoint is not None:
+            self.load_rank_state(Path(resume_from_checkpoint))
         if self.is_world_process_zero():
             _keep_until(self.metrics_file, self.state.global_step)
         self.training_begins()
         return found
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        model = self.model if model is None else model
+        if self.is_fsdp_enabled or not _take_weights(model, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = str(self.state.best_model_checkpoint)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or not _take_weights(self.model, best):
+            super()._load_best_model()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step < self.state.max_steps:  # resumed from the last step: only the saving is left
@@ -100,6 +120,7 @@ class ResumableTrainer(Trainer):
         limit, self.args.save_total_limit, self._saving = self.args.save_total_limit, None, True
         try:
             super()._save_checkpoint(model, trial)
+            self.save_rank_state(run / PARTIAL / name)
         finally:
             self.args.save_total_limit, self._saving = limit, False
         self.accelerator.wait_for_everyone()
@@ -129,6 +150,19 @@ class _EndOfStep(TrainerCallback):
         if self.trainer.stopped:
             control.should_save = control.should_training_stop = True
         return control
+
+
+def _take_weights(model: Any, checkpoint: str) -> bool:
+    """Loads a whole model's weights by from_pretrained; False for a checkpoint of adapters alone.
+
+    The base class reads the file as it is and passes over tensors whose names differ from the model's, as those of
+    vision-language models do: it would go on from the student's first weights.
+    """
+    if not (Path(checkpoint) / "config.json").is_file():
+        return False
+    saved = type(model).from_pretrained(checkpoint, dtype=model.dtype, use_safetensors=True)
+    model.load_state_dict(saved.state_dict())
+    return True
 
 
 def _keep_until(metrics: Path, step: int) -> None:

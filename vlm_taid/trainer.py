@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -35,6 +36,7 @@ from .objectives import (
 )
 from .pretrained import vision_towers
 from .resumable import ResumableTrainer
+from .rollout import Rollout
 from .streams import PairedBatch, PairedCollator
 from .teachers import CachedTeacher, LiveTeacher
 from .teachers.live import hidden_at
@@ -72,6 +74,7 @@ class DistillationTrainer(ResumableTrainer):
         teacher: a LiveTeacher or a CachedTeacher; None for ``sft``.
         schedule: TAID's schedule; None for other objectives.
         temperature: CTKD's learned temperature; None for other objectives.
+        rollout: samples answers in place of the data's; None: the data's alone.
         tower_training: vision towers in train mode (dropout, BatchNorm statistics); else they stay in eval mode.
         chunk: rows of the fused loss at a time; None: by memory.
         trainer_options: further arguments of Trainer (datasets, callbacks, processing_class, ...).
@@ -89,13 +92,14 @@ class DistillationTrainer(ResumableTrainer):
         teacher: LiveTeacher | CachedTeacher | None = None,
         schedule: TAIDSchedule | None = None,
         temperature: LearnedTemperature | None = None,
+        rollout: Rollout | None = None,
         tower_training: bool = False,
         chunk: int | None = None,
         **trainer_options: Any,
     ):
         super().__init__(model, args, data_collator=collator, **trainer_options)
         self.objective, self.teacher, self.schedule, self.chunk = objective, teacher, schedule, chunk
-        self.temperature, self.collator = temperature, collator
+        self.temperature, self.collator, self.rollout = temperature, collator, rollout
         self.columns: Tensor | slice | None = None  # the student's, of the shared vocabulary
         if teacher is not None and collator.vocabulary is not None:
             self.columns = as_slice(collator.vocabulary.student_columns_C.to(args.device))
@@ -115,15 +119,23 @@ class DistillationTrainer(ResumableTrainer):
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         for batch in batches:
             self.refused.update(batch["refused"])
+        if self.rollout is not None:
+            student = self.accelerator.unwrap_model(self.model_wrapped)
+            at = {"step": self.state.global_step, "num_steps": self.state.max_steps}
+            batches = [
+                self.rollout.batch(batch, self.model_wrapped, student, micro_batch=number, **at)
+                for number, batch in enumerate(batches)
+            ]
         mine = [
             sum(len(batch["labels_N"]) for batch in batches),
             sum(len(batch["refused"]) for batch in batches),
             self.stop_requested,
+            *((0, 0) if self.rollout is None else self.rollout.take_counts()),
             *(sum(values) for values in zip(*(batch["pairing"] for batch in batches), strict=True)),
         ]
         # one collective carries all counts, SIGTERM too
         counts = self.sum_over_ranks(torch.tensor(mine, dtype=torch.float64, device=device)).tolist()
-        tokens, refused, stop, *pairing = counts
+        tokens, refused, stop, sampled, fallbacks, *pairing = counts
         self.stopped = stop > 0
         self.refused_rows += int(refused)
         self.seen_tokens += int(tokens)
@@ -131,6 +143,8 @@ class DistillationTrainer(ResumableTrainer):
             raise InputError(f"no row can be trained on; the first refused: {next(iter(self.refused), 'another rank')}")
         self._step_tokens = tokens
         self._window.add_pairing(pairing)
+        self._window.sampled_rows += sampled
+        self._window.sample_fallbacks += fallbacks
         return batches, max(tokens, 1.0)
 
     def compute_loss(
@@ -212,12 +226,16 @@ class DistillationTrainer(ResumableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds t, KL, pairing and throughput to the training logs."""
         if "loss" in logs:
-            logs |= self._window.means(teacher=self.teacher is not None, paired=not self.collator.shared)
+            logs |= self._window.means(
+                teacher=self.teacher is not None, paired=not self.collator.shared, rollout=self.rollout is not None
+            )
             self._window = Window()
             if self.schedule is not None:
                 logs |= schedule_values(self.schedule, self.state.global_step - 1, self.state.max_steps)
             if self.temperature is not None:
                 logs["temperature"] = self.temperature.value
+            if self.rollout is not None and self.rollout.options.policy == "distillm":
+                logs["rollout_threshold"] = self.rollout.threshold
             if self.refused_rows:
                 logs["refused_rows"] = self.refused_rows
         super().log(logs, start_time)
@@ -259,6 +277,8 @@ class DistillationTrainer(ResumableTrainer):
         counted = torch.tensor([float(refused)], dtype=torch.float64, device=self.args.device)
         if refused := self.sum_over_ranks(counted).item():
             metrics[f"{metric_key_prefix}_refused_rows"] = refused
+        if self.rollout is not None and metric_key_prefix == "eval":
+            self.rollout.validated(metrics["eval_loss"])
         self._window.since += time.perf_counter() - began  # throughput is training's
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(torch.cat(sums_B3)))  # pyright: ignore[reportArgumentType]
 
@@ -267,7 +287,9 @@ class DistillationTrainer(ResumableTrainer):
     def own_state(self) -> dict[str, Any]:
         schedule = None if self.schedule is None else self.schedule.state_dict()
         temperature = None if self.temperature is None else self.temperature.state_dict()
-        return {"schedule": schedule, "temperature": temperature, "refused": dict(self.all_refused())}
+        rollout = None if self.rollout is None else self.rollout.state_dict()
+        refused = dict(self.all_refused())
+        return {"schedule": schedule, "temperature": temperature, "rollout": rollout, "refused": refused}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         self.refused = Counter(state["refused"] if self.is_world_process_zero() else {})
@@ -276,6 +298,16 @@ class DistillationTrainer(ResumableTrainer):
             self.schedule.load_state_dict(state["schedule"])
         if self.temperature is not None:
             self.temperature.load_state_dict(state["temperature"])
+        if self.rollout is not None:
+            self.rollout.load_state_dict(state["rollout"])
+
+    def save_rank_state(self, checkpoint: Path) -> None:
+        if self.rollout is not None:
+            self.rollout.save_buffer(checkpoint)
+
+    def load_rank_state(self, checkpoint: Path) -> None:
+        if self.rollout is not None:
+            self.rollout.load_buffer(checkpoint)
 
     def training_begins(self) -> None:
         self._window = Window()

@@ -16,23 +16,27 @@ class Window:
         tokens: answer tokens.
         kl: sum of their KL, in nats.
         pairing: rows, content shares, first tokens unpaired, identical-next shares (``PairedBatch``).
+        sampled_rows, sample_fallbacks: rows that the student was to answer, those that kept the data's answer.
         since: when it began, on the clock of ``time.perf_counter``.
     """
 
     tokens: float = 0.0
     kl: float = 0.0
     pairing: list[float] = field(default_factory=lambda: [0.0] * 4)
+    sampled_rows: float = 0.0
+    sample_fallbacks: float = 0.0
     since: float = field(default_factory=time.perf_counter)
 
     def add_pairing(self, pairing: list[float]) -> None:
         self.pairing = [a + b for a, b in zip(self.pairing, pairing, strict=True)]
 
-    def means(self, *, teacher: bool, paired: bool) -> dict[str, float]:
+    def means(self, *, teacher: bool, paired: bool, rollout: bool) -> dict[str, float]:
         """Token means, shares, and throughput until now.
 
         Args:
             teacher: there is one, so there is a KL.
             paired: the models have streams of their own, which were paired.
+            rollout: the student samples answers.
         """
         means = {}
         if teacher:
@@ -42,6 +46,8 @@ class Window:
             means["paired_share"] = share / max(rows, 1.0)
             means["first_tokens_unpaired"] = first_unpaired
             means["identical_next_share"] = identical / max(rows, 1.0)
+        if rollout:
+            means |= {"sampled_rows": self.sampled_rows, "sample_fallbacks": self.sample_fallbacks}
         means["answer_tokens"] = self.tokens
         means["answer_tokens_per_second"] = self.tokens / max(time.perf_counter() - self.since, 1e-9)
         return means

@@ -47,12 +47,14 @@ class Conversation:
         row: the row's origin as ``file:number``, for messages.
         templated: render through the chat template. False for plain text (pre-training rows and plain
             prompt-completion pairs): the turns' texts are joined as they are and followed by the end-of-text token.
+        index: the row's place in the dataset that it was read from, or None.
         fields: the row's other columns (id, answers, category, ...), for evaluation.
     """
 
     turns: tuple[Turn, ...]
     row: str = "row"
     templated: bool = True
+    index: int | None = None
     fields: dict[str, Any] = field(default_factory=dict)
 
     @property

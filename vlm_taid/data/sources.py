@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -132,7 +132,7 @@ class ConversationDataset(Dataset["Conversation | BadRow"]):
         options = source.options
         context = RowContext(source.row_name(row), source.folder, self.allow_urls, self.need_answer, options.prompt)
         try:
-            return FORMATS[options.format](source.read(row), context)
+            return replace(FORMATS[options.format](source.read(row), context), index=index)
         except BadRow as error:
             if self.on_bad_row == "skip":
                 return BadRow(error.row, error.reason)  # a new one: the caught one's traceback holds pictures

@@ -4,6 +4,7 @@ from .alignment import Alignment, align
 from .answers import Answer
 from .collator import PairedBatch, PairedCollator, TeacherRow
 from .encoder import Stream, StreamEncoder, same_processing
+from .prompts import encode_prompts
 from .vocabulary import SharedVocabulary
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "StreamEncoder",
     "TeacherRow",
     "align",
+    "encode_prompts",
     "same_processing",
 ]

@@ -40,6 +40,7 @@ class PairedBatch(dict):
         stored: what ``PairedCollator.stored`` gave for the rows; an empty dict without one.
         row_of_N: each answer token's row, as its place in what the collator was given.
         num_rows: rows that the collator was given.
+        rows: of each row that is in, its place in its dataset (``Conversation.index``).
         refused: messages of the rows left out.
         pairing: rows, sum of their content shares, first tokens unpaired, sum of identical-next shares (``Alignment``).
     """
@@ -141,6 +142,7 @@ class PairedCollator:
             stored=stored,
             row_of_N=torch.tensor(row_of, dtype=torch.long),
             num_rows=len(conversations),
+            rows=[given[place].index for place in places],
             refused=[str(row) for row in refused],
             pairing=[
                 float(len(pairs)),

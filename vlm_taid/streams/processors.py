@@ -43,7 +43,9 @@ TOGETHER: dict[str, Callable[[list[Tensor]], Tensor]] = {
 }
 
 
-def process(processor: Any, texts: list[str], images: Sequence[Sequence[Image.Image]] | None) -> dict[str, Any]:
+def process(
+    processor: Any, texts: list[str], images: Sequence[Sequence[Image.Image]] | None, padding_side: str = "right"
+) -> dict[str, Any]:
     """Padded inputs of a model, with ``offset_mapping`` [B, T, 2], and ``text_replacement_offsets``, each row's list
     of image marks and what was written in their place.
 
@@ -51,10 +53,11 @@ def process(processor: Any, texts: list[str], images: Sequence[Sequence[Image.Im
         processor: a processor, or a tokenizer for text alone.
         texts: rendered rows with an image mark for each picture.
         images: each row's pictures; None for a tokenizer.
+        padding_side: left for prompts, from whose ends a model generates.
     """
     options: dict[str, Any] = {
         "padding": True,
-        "padding_side": "right",
+        "padding_side": padding_side,
         "return_tensors": "pt",
         "add_special_tokens": False,  # the template has written them
         "return_offsets_mapping": True,
