@@ -168,7 +168,7 @@ def test_options_that_cannot_work_are_refused(pair):
     ):
         with pytest.raises(InputError, match=message):
             Recipe.load(pair[0]("refused", options))
-    with pytest.raises(InputError, match="sft and objective.ce_weight train on labels"):
+    with pytest.raises(InputError, match="train on labels, and a sample is none"):
         Recipe.load(pair[0]("refused", {}, name="sft"))
     recipe = Recipe.load(pair[0]("read", {"probability": 0.3}), ["--rollout.temperature", "0.7"])
     assert recipe.to_dict()["rollout"]["temperature"] == 0.7 and recipe.to_dict()["rollout"]["probability"] == 0.3
