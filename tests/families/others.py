@@ -103,7 +103,9 @@ def gemma3(folder: Path, *, seed=0, width=32, layers=2, image=32, pooled=4, crop
         Gemma3ImageProcessor(size={"height": image, "width": image}, **crop), tok, image_seq_length=pooled,
         chat_template=templates.GEMMA3,
     )  # fmt: skip
-    return save(folder, Gemma3ForConditionalGeneration(config), processor)
+    model = Gemma3ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.3)  # zeros as it is made
+    return save(folder, model, processor)
 
 
 def paligemma(folder: Path, *, seed=0, width=32, layers=2, image=32, tok=None) -> str:

@@ -7,28 +7,44 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 
+from tests import families
 from tests.families import text_sizes
 from vlm_taid.errors import InputError
 from vlm_taid.objectives import Head, redirected
+from vlm_taid.pretrained import ModelOptions, load_model
 
 
 def made(config_class, model_class, **more):
     torch.manual_seed(0)
     sizes = text_sizes(100) | {"head_dim": 8} | more
-    return model_class(config_class(**sizes)).eval()
+    model = model_class(config_class(**sizes)).eval()
+    if model.lm_head.bias is not None:
+        torch.nn.init.normal_(model.lm_head.bias)  # zeros as it is made
+    return model
 
 
 CASES = {
     "plain": (Qwen2Config, Qwen2ForCausalLM, {}, {}),
     "tied": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}, {}),
     "soft cap": (Gemma2Config, Gemma2ForCausalLM, {"final_logit_softcapping": 5.0}, {"softcap": 5.0}),
+    "soft cap of Gemma 3": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        {"final_logit_softcapping": 20.0, "query_pre_attn_scalar": 8},
+        {"softcap": 20.0},
+    ),
+    "bias": (PhiConfig, PhiForCausalLM, {"pad_token_id": 0}, {"softcap": None, "scale": 1.0}),
     "divided": (GraniteConfig, GraniteForCausalLM, {"logits_scaling": 8.0}, {"scale": 0.125}),
     "multiplied": (CohereConfig, CohereForCausalLM, {"logit_scale": 0.0625}, {"scale": 0.0625}),
 }
@@ -50,6 +66,33 @@ def test_soft_cap_that_the_model_does_not_apply_is_not_taken():
     """A config may carry a soft cap that its class ignores (as Gemma 3's vision-language class does)."""
     model = made(Qwen2Config, Qwen2ForCausalLM, final_logit_softcapping=5.0)
     assert model.config.final_logit_softcapping == 5.0 and Head.of(model).softcap is None
+
+
+def test_gemma_3_with_a_vision_tower_applies_no_soft_cap():
+    """Its config may carry one, which its causal class applies and this one does not."""
+    model = load_model(ModelOptions(families.made("gemma3"))).eval()
+    model.config.get_text_config().final_logit_softcapping = 5.0
+    assert Head.of(model).softcap is None
+
+
+@pytest.mark.parametrize("applied", [None, 4.0, 5.1, 6.0, 50.0])
+def test_wrong_soft_cap_is_refused(applied):
+    """The config says 5, the model applies another, or none together with a scale that is not told."""
+
+    class Wrong(Gemma2ForCausalLM):
+        def forward(self, *args, **kwargs):
+            self.config.final_logit_softcapping = applied
+            try:
+                output = super().forward(*args, **kwargs)
+            finally:
+                self.config.final_logit_softcapping = 5.0
+            if applied is None:
+                output.logits = output.logits * 0.9
+            return output
+
+    model = made(Gemma2Config, Wrong, final_logit_softcapping=5.0)
+    with pytest.raises(InputError, match="none of those known"):
+        Head.of(model)
 
 
 def test_head_of_an_unknown_form_is_refused():
