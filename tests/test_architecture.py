@@ -23,10 +23,12 @@ ALLOWED = {
     "training_log": {"objectives"},
     "trainer": {"data", "objectives", "pretrained", "resumable", "rollout", "streams", "teachers", "training_log"},
     "recipe": {"data", "objectives", "parsing", "rollout", "students", "teachers", "trainer"},
-    "caching": {"data", "objectives", "pretrained", "recipe", "streams", "teachers"},
+    "pairing": {"pretrained", "recipe", "streams"},
+    "caching": {"data", "objectives", "pairing", "recipe", "streams", "teachers"},
     "model_card": {"recipe"},
     "distillation": {
         "caching",
+        "pairing",
         "checkpoints",
         "data",
         "model_card",

@@ -24,9 +24,9 @@ from transformers import AutoConfig
 from .data import Conversation, ConversationDataset
 from .errors import BadRow, InputError
 from .objectives.signals import teacher_logits
-from .pretrained import load_processor
+from .pairing import paired_collator
 from .recipe import Recipe
-from .streams import PairedCollator, SharedVocabulary, StreamEncoder, TeacherRow, same_processing
+from .streams import PairedCollator, SharedVocabulary, StreamEncoder, TeacherRow
 from .teachers import ABOUT, VERSION, LiveTeacher, ShardWriter, StoredTokens, fingerprint, row_key, shard_file
 
 CHUNK_BYTES = 2**28  # logits of a chunk of positions, fp32
@@ -56,7 +56,8 @@ def cache(recipe: Recipe, output: Path, k: int = 64, rows_per_shard: int = 4096)
     state = PartialState()
     teacher = LiveTeacher(recipe.teacher, arguments.device)
     collator = paired_collator(recipe)
-    assert collator.teacher is not None and collator.vocabulary is not None
+    if collator.teacher is None or collator.vocabulary is None:
+        raise InputError(f"objective.name is {recipe.objective.name}, which has no use for a teacher to cache")
     teacher.share(collator.vocabulary.teacher_columns_C.to(arguments.device))
     names, datasets = _rows(recipe, arguments.seed)
     stretches = [
@@ -102,17 +103,6 @@ def cache(recipe: Recipe, output: Path, k: int = 64, rows_per_shard: int = 4096)
     return output
 
 
-def paired_collator(recipe: Recipe) -> PairedCollator:
-    """The collator of a recipe with a teacher: encoders, shared vocabulary, and one encoding where it serves both."""
-    assert recipe.teacher is not None
-    mine, theirs = (
-        StreamEncoder(load_processor(model.path, trust_remote_code=model.trust_remote_code), recipe.data)
-        for model in (recipe.student, recipe.teacher)
-    )
-    vocabulary = SharedVocabulary(mine, theirs)
-    return PairedCollator(mine, mine if same_processing(mine, theirs) else theirs, vocabulary, recipe.data)
-
-
 def belongs(recipe: Recipe, theirs: StreamEncoder, vocabulary: SharedVocabulary) -> dict[str, Any]:
     """What a cache of this recipe depends on; what ``CachedTeacher`` compares."""
     teacher = recipe.teacher
@@ -129,6 +119,7 @@ def belongs(recipe: Recipe, theirs: StreamEncoder, vocabulary: SharedVocabulary)
         "teacher.dtype": teacher.dtype,
         "teacher.tokenizer": _hash(theirs.tokenizer.backend_tokenizer.to_str()),
         "teacher.chat_template": _hash(str(theirs.renderer.template)),
+        "teacher.system": _hash(str(theirs.renderer.system)),
         "teacher.processor": _hash(repr(sorted(settings.items(), key=lambda item: item[0]))),
         "shared vocabulary": _hash(torch.cat(shared).numpy().tobytes()),
     }

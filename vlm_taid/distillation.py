@@ -19,10 +19,10 @@ from .checkpoints import MANIFEST, broken, newest_whole
 from .data import ConversationDataset
 from .errors import InputError
 from .model_card import model_card
-from .pretrained import load_model, load_processor
+from .pairing import paired_collator
+from .pretrained import load_model
 from .recipe import Recipe
 from .rollout import Rollout
-from .streams import PairedCollator, SharedVocabulary, StreamEncoder, same_processing
 from .teachers import CachedTeacher, LiveTeacher, head_rows
 from .trainer import DistillationArguments, DistillationTrainer
 
@@ -103,25 +103,15 @@ def build_trainer(recipe: Recipe, arguments: DistillationArguments) -> Distillat
         InputError: something in the recipe, the models or the data cannot be used.
     """
     objective, schedule = recipe.objective.objective(), recipe.objective.schedule()
-    student = load_model(recipe.student)
-    processor = load_processor(recipe.student.path, trust_remote_code=recipe.student.trust_remote_code)
-    mine = StreamEncoder(processor, recipe.data)
-    teacher, theirs, vocabulary, stored = None, None, None, None
-    if objective.uses_teacher and recipe.teacher is not None:
+    collator = paired_collator(recipe)
+    student, teacher, vocabulary = load_model(recipe.student), None, collator.vocabulary
+    if recipe.teacher is not None and collator.teacher is not None and vocabulary is not None:
         if recipe.teacher.cache is None:
             teacher = LiveTeacher(recipe.teacher, arguments.device)
-        theirs = StreamEncoder(
-            load_processor(recipe.teacher.path, trust_remote_code=recipe.teacher.trust_remote_code), recipe.data
-        )
-        vocabulary = SharedVocabulary(mine, theirs)
-        if recipe.teacher.cache is not None:
-            teacher = CachedTeacher(recipe.teacher.cache, belongs(recipe, theirs, vocabulary))
-            stored = teacher.stored
-        assert teacher is not None
+        else:
+            teacher = CachedTeacher(recipe.teacher.cache, belongs(recipe, collator.teacher, vocabulary))
+            collator.stored = teacher.stored
         vocabulary.check_fits(head_rows(student), teacher.head_rows)
-        if same_processing(mine, theirs):
-            theirs = mine
-    collator = PairedCollator(mine, theirs, vocabulary, recipe.data, stored)
 
     def rows(sources: Any) -> ConversationDataset | None:
         if not sources:
@@ -151,11 +141,11 @@ def build_trainer(recipe: Recipe, arguments: DistillationArguments) -> Distillat
         chunk=recipe.objective.chunk,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        processing_class=processor,
+        processing_class=collator.student.processor,
     )
     if teacher is not None and vocabulary is not None:
         trainer.accelerator.print(
-            f"{'one encoding serves both models' if theirs is mine else 'each model has its own token stream'}; "
+            f"{'one encoding serves both models' if collator.shared else 'each model has its own token stream'}; "
             f"{len(vocabulary):,} shared tokens (heads of {head_rows(student):,} and {teacher.head_rows:,} rows)"
         )
     return trainer

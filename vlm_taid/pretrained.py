@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,20 +37,52 @@ class ModelOptions:
     """Run code that comes with the model."""
 
 
-def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
+def load_processor(
+    path: str | Path, *, trust_remote_code: bool = False, image_settings: Mapping[str, Any] | None = None
+) -> Any:
     """The processor of a model, or its tokenizer where there is no processor.
 
+    Args:
+        path: folder or hub id.
+        trust_remote_code: run code that comes with it.
+        image_settings: settings of the image processor over the saved ones.
+
     Raises:
-        InputError: neither can be loaded.
+        InputError: neither can be loaded, or the image processor does not have such a setting.
     """
     check_folder(path)
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
-        if isinstance(processor, ProcessorMixin):
-            return processor
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if not isinstance(processor, ProcessorMixin):
+            processor = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no processor or tokenizer can be loaded: {_first_line(error)}") from error
+    if image_settings:
+        _set_images(path, processor, image_settings)
+    return processor
+
+
+def _set_images(path: str | Path, processor: Any, settings: Mapping[str, Any]) -> None:
+    """Makes the processor's image processor anew with the settings.
+
+    Raises:
+        InputError: naming the setting that it does not have.
+    """
+    images = getattr(processor, "image_processor", None)
+    if images is None:
+        raise InputError(f"{path}: the model reads text alone, it has no image processor to set {', '.join(settings)}")
+    saved = images.to_dict()
+    known = sorted({*saved, *getattr(images.valid_kwargs, "__annotations__", {})} - {"image_processor_type"})
+    for key in settings:
+        if key not in known:
+            raise InputError(
+                f"{path}: its image processor, {type(images).__name__}, has no {key}; set one of its own in "
+                f"teacher.image_processor: {', '.join(known)}"
+            )
+    try:
+        processor.image_processor = type(images)(**{**saved, **settings})
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: {type(images).__name__} refuses {dict(settings)}: {_first_line(error)}") from error
 
 
 def load_model(options: ModelOptions) -> PreTrainedModel:

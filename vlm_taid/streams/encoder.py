@@ -52,13 +52,14 @@ class StreamEncoder:
     Args:
         processor: a transformers processor, or a fast tokenizer for text-only models, with a chat template.
         options: DataOptions; ``max_length`` and ``answers`` are used.
+        system: a system prompt that this model alone reads, before a row's own; rows without a template have none.
 
     Raises:
-        InputError: the tokenizer has no offsets, or a proof fails: the answers found in two made-up rows must be
-            the ones that were put in.
+        InputError: the tokenizer has no offsets, the chat template does not write the system prompt, or
+            a proof fails: the answers found in two made-up rows must be the ones that were put in.
     """
 
-    def __init__(self, processor: Any, options: DataOptions | None = None):
+    def __init__(self, processor: Any, options: DataOptions | None = None, *, system: str | None = None):
         self.processor = processor
         options = options or DataOptions(train=[])
         self.max_length = options.max_length
@@ -69,13 +70,15 @@ class StreamEncoder:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token  # masks come from lengths, so any id will do
         self.takes_images = getattr(processor, "image_processor", None) is not None
-        self.renderer = Renderer(processor, last_answer_alone=options.answers == "last")
+        self.renderer = Renderer(processor, last_answer_alone=options.answers == "last", system=system)
         self.token_bytes = TokenBytes(self.tokenizer)
         picture = (Part(image=Image.new("RGB", (64, 64), (128, 128, 128))),) if self.takes_images else ()
         templated = self.renderer.template is not None
         turns = (Turn("user", (*picture, Part("Hello"))), Turn("assistant", (Part("Hello"),)))
         self.filler = Conversation(turns, row="the filler row", templated=templated)
         """A short row with a picture, if the model takes any: what fills a batch that would have none."""
+        if system is not None:
+            self._check_system(system)
         image_id = getattr(processor, "image_token_id", None)
         self._ends = {
             i for i in self.token_bytes.special if i != image_id
@@ -84,6 +87,15 @@ class StreamEncoder:
         self._ends = set() if end is None else {end}
         if templated and self.renderer.template not in TEMPLATES.values():
             self._proven(Conversation((*turns, *turns), row="the two-turn row"))
+
+    def _check_system(self, system: str) -> None:
+        rendered = self.renderer([self.filler])[0] if self.filler.templated else None
+        if rendered is None or isinstance(rendered, BadRow) or system.strip() not in rendered.text:
+            why = f" ({rendered.reason})" if isinstance(rendered, BadRow) else ""
+            raise InputError(
+                f"{type(self.processor).__name__}: the chat template does not write the system prompt "
+                f"{system!r:.80}{why}: leave teacher.system out, or use a template that writes system turns"
+            )
 
     def _proven(self, row: Conversation) -> int | None:
         """The id that ends the row's last answer, if any, after a check that its answers are found as they are."""
@@ -227,6 +239,7 @@ def _serialised(encoder: StreamEncoder) -> tuple:
         type(encoder.processor),
         encoder.tokenizer.backend_tokenizer.to_str(),
         encoder.renderer.template,
+        encoder.renderer.system,
         repr(sorted(settings.items(), key=lambda item: item[0])),
     )
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from ..data import Conversation
+from ..data import Conversation, Part, Turn
 from ..errors import BadRow, InputError
 from .processors import TEMPLATES
 
@@ -32,10 +32,11 @@ class Renderer:
     Args:
         processor: a processor, or a tokenizer for text alone.
         last_answer_alone: the last answer is supervised and the earlier ones are context.
+        system: what every templated row begins with as its system turn, before the row's own; None: rows as they are.
     """
 
-    def __init__(self, processor: Any, *, last_answer_alone: bool = False):
-        self.processor, self.last_answer_alone = processor, last_answer_alone
+    def __init__(self, processor: Any, *, last_answer_alone: bool = False, system: str | None = None):
+        self.processor, self.last_answer_alone, self.system = processor, last_answer_alone, system
         self.tokenizer = getattr(processor, "tokenizer", processor)
         # a processor's template reads content as parts, a tokenizer's as one string
         self.source = processor if getattr(processor, "chat_template", None) else self.tokenizer
@@ -55,6 +56,17 @@ class Renderer:
         Raises:
             InputError: a conversation needs a chat template and there is none.
         """
+        return self._rendered([self._with_system(conversation) for conversation in conversations])
+
+    def _with_system(self, conversation: Conversation) -> Conversation:
+        if self.system is None or not conversation.templated:
+            return conversation
+        turns = conversation.turns
+        own = turns[0] if turns[0].role == "system" else None
+        parts = (Part(self.system),) if own is None else (Part(self.system + "\n\n"), *own.parts)
+        return replace(conversation, turns=(Turn("system", parts), *turns[own is not None :]))
+
+    def _rendered(self, conversations: Sequence[Conversation]) -> list[Rendered | BadRow]:
         templated = [i for i, conversation in enumerate(conversations) if conversation.templated]
         if templated and self.template is None:
             raise InputError(
@@ -69,7 +81,7 @@ class Renderer:
             texts: list[str] = self._apply(messages) if messages else []
         except Exception as error:  # a template may raise anything
             if len(conversations) > 1:  # which of them was it?
-                return [self([conversation])[0] for conversation in conversations]
+                return [self._rendered([conversation])[0] for conversation in conversations]
             reason = f"the chat template refuses it: {error}: change its turns, or use a template that takes them"
             return [BadRow(conversations[0].row, reason)]
         for i, text, marked in zip(templated, texts[::2], texts[1::2], strict=True):

@@ -33,6 +33,17 @@ class TeacherOptions(ModelOptions):
     """Further DeepSpeed settings of a sharded teacher; optimizer, scheduler and optimizer offload are removed."""
     cache: str | None = None
     """The folder that vlm-taid cache wrote of this teacher: it is read instead, and no teacher is loaded."""
+    system: str | None = None
+    """A system prompt that the teacher alone reads, before a row's own; rows without a chat template have none."""
+    max_pixels: int | None = None
+    """The most pixels of a picture that the teacher sees, if its image processor has such a limit (Qwen-VL)."""
+    image_processor: dict[str, Any] = field(default_factory=dict)
+    """Settings of the teacher's image processor over the saved ones, as {size: {height: 672, width: 672}}."""
+
+    @property
+    def image_settings(self) -> dict[str, Any]:
+        """``image_processor`` with ``max_pixels`` in it."""
+        return self.image_processor | ({} if self.max_pixels is None else {"max_pixels": self.max_pixels})
 
 
 class LiveTeacher:
