@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import transformers
 import yaml
@@ -24,6 +24,7 @@ from .pretrained import load_model
 from .recipe import Recipe
 from .rollout import Rollout
 from .teachers import CachedTeacher, LiveTeacher, head_rows
+from .trainable import check_trainable, freeze, save_merged, with_adapters
 from .trainer import DistillationArguments, DistillationTrainer
 
 DONE = "complete.json"
@@ -72,7 +73,13 @@ def distill(recipe: Recipe) -> Path:
             f"stopped by SIGTERM after step {trainer.state.global_step}: run the same command to go on"
         )
         return output
-    trainer.save_model(str(output))
+    if recipe.student.lora is None:
+        trainer.save_model(str(output))
+    else:
+        trainer.save_model(str(output / "adapter"))
+        if trainer.is_world_process_zero():
+            save_merged(recipe.student, output / "adapter", output)
+            cast(Any, trainer.processing_class).save_pretrained(output)
     trainer.store_state()
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(str(output / "trainer_state.json"))
@@ -104,7 +111,12 @@ def build_trainer(recipe: Recipe, arguments: DistillationArguments) -> Distillat
     """
     objective, schedule = recipe.objective.objective(), recipe.objective.schedule()
     collator = paired_collator(recipe)
-    student, teacher, vocabulary = load_model(recipe.student), None, collator.vocabulary
+    student: Any = load_model(recipe.student)
+    freeze(student, recipe.student.freeze)
+    check_trainable(student)
+    if recipe.student.lora is not None:
+        student = with_adapters(student, recipe.student.lora, recipe.student.freeze, arguments.seed)
+    teacher, vocabulary = None, collator.vocabulary
     if recipe.teacher is not None and collator.teacher is not None and vocabulary is not None:
         if recipe.teacher.cache is None:
             teacher = LiveTeacher(recipe.teacher, arguments.device)

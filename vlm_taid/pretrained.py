@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.integrations import deepspeed as hf_deepspeed
 
 from .errors import InputError
 
@@ -116,6 +118,26 @@ def load_model(options: ModelOptions) -> PreTrainedModel:
             "the folder is incomplete or its config.json belongs to another model"
         )
     return model
+
+
+@contextmanager
+def loading_under(stage: int) -> Iterator[None]:
+    """What from_pretrained sees: this ZeRO stage, not that of the run."""
+    reference = hf_deepspeed._hf_deepspeed_config_weak_ref
+    run = reference() if reference is not None else None
+    kept = None
+    if stage == 3:  # the global is a weak reference: keep the object alive
+        kept = hf_deepspeed.HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    else:
+        hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        del kept
+        if run is not None:
+            hf_deepspeed.set_hf_deepspeed_config(run)
+        else:
+            hf_deepspeed.unset_hf_deepspeed_config()
 
 
 def check_folder(path: str | Path) -> None:

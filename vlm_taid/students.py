@@ -8,7 +8,7 @@ Shapes: B rows, C channels, H and W rows and columns of the tower's last feature
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import timm
@@ -28,6 +28,7 @@ from transformers import (
 
 from .errors import InputError
 from .pretrained import ModelOptions
+from .trainable import LoRAOptions
 
 TURN_START, TURN_END, PADDING, IMAGE = "<|im_start|>", "<|im_end|>", "<|pad|>", "<image>"
 
@@ -231,3 +232,7 @@ class StudentOptions(ModelOptions):
 
     tower_mode: Literal["eval", "train"] = "eval"
     """Vision towers in eval mode while they are trained (BatchNorm statistics and dropout off), or in train mode."""
+    freeze: list[str] = field(default_factory=list)
+    """Parts that are not trained, by their names in the model: vision_tower, layers.0, embed_tokens (* is any text)."""
+    lora: LoRAOptions | None = None
+    """Train low-rank adapters alone; the saved model has them added to its weights."""

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sized
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,6 +40,7 @@ from .rollout import Rollout
 from .streams import PairedBatch, PairedCollator
 from .teachers import CachedTeacher, LiveTeacher
 from .teachers.live import hidden_at
+from .trainable import without_adapters
 from .training_log import Window, schedule_values
 
 
@@ -104,7 +105,7 @@ class DistillationTrainer(ResumableTrainer):
         if teacher is not None and collator.vocabulary is not None:
             self.columns = as_slice(collator.vocabulary.student_columns_C.to(args.device))
             teacher.share(as_slice(collator.vocabulary.teacher_columns_C.to(args.device)))
-        self.quiet_towers = [] if tower_training else vision_towers(model)
+        self.quiet_towers = [] if tower_training else vision_towers(without_adapters(model))
         self.head: Head | None = None  # proven at the first forward, inside the wrapper
         self.refused: Counter[str] = Counter()  # messages of this rank's refused rows
         self.refused_rows = self.seen_tokens = 0  # over all ranks
@@ -120,7 +121,7 @@ class DistillationTrainer(ResumableTrainer):
         for batch in batches:
             self.refused.update(batch["refused"])
         if self.rollout is not None:
-            student = self.accelerator.unwrap_model(self.model_wrapped)
+            student = without_adapters(self.accelerator.unwrap_model(self.model_wrapped))
             at = {"step": self.state.global_step, "num_steps": self.state.max_steps}
             batches = [
                 self.rollout.batch(batch, self.model_wrapped, student, micro_batch=number, **at)
@@ -162,7 +163,8 @@ class DistillationTrainer(ResumableTrainer):
     def _objective(
         self, model: Any, batch: PairedBatch, objective: Objective, t: float | None
     ) -> LinearDistillationOutput:
-        student: Any = self.accelerator.unwrap_model(model)
+        outer: Any = self.accelerator.unwrap_model(model)
+        student = without_adapters(outer)
         target, gathered = None, nullcontext()
         if self.teacher is not None and objective.uses_teacher:
             target = self.teacher.signal(batch)
@@ -188,10 +190,11 @@ class DistillationTrainer(ResumableTrainer):
                 self.head = Head.of(student, self.columns)
             hidden_NH = hidden_at(student, batch["student"], batch["student_rows_N"])
             output = student.get_output_embeddings()
+            self.head = replace(self.head, weight=output.weight, bias=getattr(output, "bias", None))
             return redirected(output, output, at_the_head, hidden_NH)
 
         with self.accelerator.autocast(), gathered:
-            return LinearDistillationOutput(*redirected(model, student, forward))
+            return LinearDistillationOutput(*redirected(model, outer, forward))
 
     def _prepare_inputs(self, inputs: PairedBatch) -> PairedBatch:
         return inputs.to(self.args.device)

@@ -13,10 +13,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers.integrations import deepspeed as hf_deepspeed
 
 from ..objectives import Head, HiddenSignal, redirected
-from ..pretrained import ModelOptions, load_model
+from ..pretrained import ModelOptions, load_model, loading_under
 
 DROPPED = ("optimizer", "scheduler", "gradient_clipping", "gradient_accumulation_steps", "train_batch_size")
 
@@ -59,7 +58,7 @@ class LiveTeacher:
 
     def __init__(self, options: TeacherOptions, device: torch.device):
         self.options = options
-        with _loading(options.zero_stage):
+        with loading_under(options.zero_stage):
             self.model: Any = load_model(options).requires_grad_(False).eval()
         self.wrapper: Any = self.model.to(device) if options.zero_stage == 0 else self._sharded()
         with torch.no_grad():
@@ -126,23 +125,3 @@ def teacher_config(options: TeacherOptions, loaded: torch.dtype) -> dict[str, An
     for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
         config[key] = {"enabled": loaded == dtype}
     return config
-
-
-@contextmanager
-def _loading(stage: int) -> Iterator[None]:
-    """What from_pretrained sees while the teacher loads: its own stage, not the student's."""
-    reference = hf_deepspeed._hf_deepspeed_config_weak_ref
-    student = reference() if reference is not None else None
-    kept = None
-    if stage == 3:  # the global is a weak reference: keep the object alive
-        kept = hf_deepspeed.HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
-    else:
-        hf_deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        del kept
-        if student is not None:
-            hf_deepspeed.set_hf_deepspeed_config(student)
-        else:
-            hf_deepspeed.unset_hf_deepspeed_config()

@@ -1,0 +1,110 @@
+"""Frozen parts, LoRA adapters, and FSDP: what is trained, what is saved, and that ranks change nothing."""
+
+import pytest
+import torch
+import yaml
+
+from tests import families, runs
+from vlm_taid.distillation import build_trainer
+from vlm_taid.errors import InputError
+from vlm_taid.pretrained import ModelOptions, load_model, vision_towers
+from vlm_taid.recipe import Recipe
+
+SGD = {"optim": "sgd", "learning_rate": 0.5, "max_steps": 3, "train_sampling_strategy": "sequential"}
+LORA = {"rank": 4, "alpha": 8.0}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trainable")
+    student, teacher = families.llava(folder / "student", seed=1, width=16), families.llava(folder / "teacher")
+    data = families.vqa_rows(folder / "data", rows=16)
+
+    def recipe(file, student_options, **more):
+        more = {"per_device_train_batch_size": 4} | more
+        path = runs.recipe_file(folder / f"{file}.yaml", student, teacher, data, **(SGD | more))
+        content = yaml.safe_load(path.read_text())
+        content["student"] |= student_options
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    return recipe, student
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_frozen_parts_stay_and_run_without_a_graph(pair, checkpointing):
+    options = {"freeze": ["vision_tower", "layers.0", "q_proj"]}
+    recipe = Recipe.load(pair[0](f"frozen{checkpointing}", options, gradient_checkpointing=checkpointing))
+    trainer = build_trainer(recipe, recipe.arguments())
+    graphs = []
+    vision_towers(trainer.model)[0].register_forward_hook(
+        lambda module, args, output: graphs.append(output.last_hidden_state.requires_grad)
+    )
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    still = {name for name, parameter in trainer.model.named_parameters() if torch.equal(parameter, before[name])}
+    assert {name for name in before if "vision_tower" in name or "layers.0." in name or "q_proj" in name} == still
+    assert graphs and not any(graphs)
+
+
+def test_lora_trains_adapters_alone_and_saves_an_ordinary_model(pair):
+    recipe = pair[0]("lora", {"lora": LORA, "freeze": ["vision_tower"]}, gradient_checkpointing=True)
+    run = runs.here(recipe)
+    before, after = runs.loaded(pair[1]), runs.loaded(run)  # plain transformers load it
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    projections = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "linear_1", "linear_2")
+    assert moved == {
+        name for name in before
+        if name.endswith(".weight") and name.split(".")[-2] in projections and "vision_tower" not in name
+    }  # fmt: skip
+    ranks = {name: int(torch.linalg.matrix_rank((after[name] - before[name]).double(), rtol=1e-4)) for name in moved}
+    assert max(ranks.values()) == 4
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(load_model(ModelOptions(pair[1])), str(run / "adapter"))
+    ids = torch.arange(3, 20)[None]
+    expected, merged = model(input_ids=ids).logits, load_model(ModelOptions(str(run)))(input_ids=ids).logits
+    assert torch.allclose(expected, merged, atol=1e-4) and (run / "processor_config.json").is_file()
+
+
+def test_lora_run_resumes(pair):
+    more = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    recipe = pair[0]("resumed", {"lora": LORA | {"dropout": 0.2}}, **more)
+    run = runs.here(recipe)
+    reference = runs.weights(run)
+    for path in (run / "checkpoint-6" / "complete.json", run / "complete.json"):
+        path.unlink()
+    runs.here(recipe)
+    assert all(torch.equal(value, runs.weights(run)[name]) for name, value in reference.items())
+
+
+def test_wrong_parts_are_refused(pair):
+    for options, message in (
+        ({"freeze": ["visual_tower"]}, "named 'visual_tower'; its parts are .*vision_tower"),
+        ({"freeze": ["*"]}, "nothing that is trained"),
+        ({"lora": {"modules": ["lm_head"]}}, "'lm_head' is the language head"),
+        ({"lora": {"modules": ["query"]}}, "no linear layer is named 'query'"),
+    ):
+        recipe = Recipe.load(pair[0]("refused", options))
+        with pytest.raises(InputError, match=message):
+            build_trainer(recipe, recipe.arguments())
+
+
+def test_lora_under_zero_3_equals_one_process(pair):
+    options = {"lora": LORA, "freeze": ["vision_tower"]}
+    reference = runs.here(pair[0]("one", options))
+    more = {"deepspeed": runs.deepspeed_config(3), "per_device_train_batch_size": 2, "gradient_checkpointing": True}
+    run = runs.launched(pair[0]("zero3", options, **more), "deepspeed")
+    for ours, theirs in zip(*(runs.metrics(r, "loss", "kl", "t", "grad_norm") for r in (run, reference)), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    assert runs.update_off(run, reference, pair[1]) < 1e-4
+
+
+def test_fsdp2_equals_one_process(pair):
+    reference = runs.here(pair[0]("whole", {}))
+    fsdp = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": "FULL_STATE_DICT"}
+    more = {"fsdp": "full_shard auto_wrap", "fsdp_config": fsdp, "per_device_train_batch_size": 2}
+    run = runs.launched(pair[0]("fsdp2", {}, **more), "torchrun")
+    for ours, theirs in zip(*(runs.metrics(r, "loss", "kl", "t", "grad_norm") for r in (run, reference)), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    assert runs.update_off(run, reference, pair[1]) < 1e-4
