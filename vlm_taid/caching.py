@@ -58,7 +58,11 @@ def cache(recipe: Recipe, output: Path, k: int = 64, rows_per_shard: int = 4096)
     collator = paired_collator(recipe)
     if collator.teacher is None or collator.vocabulary is None:
         raise InputError(f"objective.name is {recipe.objective.name}, which has no use for a teacher to cache")
-    teacher.share(collator.vocabulary.teacher_columns_C.to(arguments.device))
+    rest_R = collator.vocabulary.teacher_rest_R
+    teacher.share(
+        collator.vocabulary.teacher_columns_C.to(arguments.device),
+        None if rest_R is None else rest_R.to(arguments.device),
+    )
     names, datasets = _rows(recipe, arguments.seed)
     stretches = [
         range(start, min(start + rows_per_shard, len(names))) for start in range(0, len(names), rows_per_shard)

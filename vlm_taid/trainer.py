@@ -41,7 +41,7 @@ from .streams import PairedBatch, PairedCollator
 from .teachers import CachedTeacher, LiveTeacher
 from .teachers.live import hidden_at
 from .trainable import without_adapters
-from .training_log import Window, schedule_values
+from .training_log import RestWatch, Window, schedule_values
 
 
 @dataclass
@@ -102,14 +102,21 @@ class DistillationTrainer(ResumableTrainer):
         self.objective, self.teacher, self.schedule, self.chunk = objective, teacher, schedule, chunk
         self.temperature, self.collator, self.rollout = temperature, collator, rollout
         self.columns: Tensor | slice | None = None  # the student's, of the shared vocabulary
-        if teacher is not None and collator.vocabulary is not None:
-            self.columns = as_slice(collator.vocabulary.student_columns_C.to(args.device))
-            teacher.share(as_slice(collator.vocabulary.teacher_columns_C.to(args.device)))
+        self.rest: Tensor | None = None  # the student's, in one bucket
+        self.rest_watch: RestWatch | None = None
+        if teacher is not None and (shared := collator.vocabulary) is not None:
+            self.columns = as_slice(shared.student_columns_C.to(args.device))
+            theirs = as_slice(shared.teacher_columns_C.to(args.device))
+            if shared.student_rest_R is None or shared.teacher_rest_R is None:
+                teacher.share(theirs)
+            else:
+                self.rest, self.rest_watch = shared.student_rest_R.to(args.device), RestWatch()
+                teacher.share(theirs, shared.teacher_rest_R.to(args.device))
         self.quiet_towers = [] if tower_training else vision_towers(without_adapters(model))
         self.head: Head | None = None  # proven at the first forward, inside the wrapper
         self.refused: Counter[str] = Counter()  # messages of this rank's refused rows
         self.refused_rows = self.seen_tokens = 0  # over all ranks
-        self._step_sums = torch.zeros(3, dtype=torch.float64, device=args.device)
+        self._step_sums = torch.zeros(4, dtype=torch.float64, device=args.device)
         self._step_tokens = 0.0
         self._window = Window()
 
@@ -155,9 +162,9 @@ class DistillationTrainer(ResumableTrainer):
         for tower in self.quiet_towers:
             tower.eval()
         output = self._objective(model, inputs, self.objective, self.schedule.t if self.schedule else None)
-        slope_N = output.temperature_gradient_N
-        slope_N = torch.zeros_like(output.kl_N) if slope_N is None else slope_N
-        self._step_sums += torch.stack([output.ce_N, output.kl_N, slope_N]).double().sum(-1).detach()
+        none_N = torch.zeros_like(output.kl_N)
+        extra = [none_N if value_N is None else value_N for value_N in (output.temperature_gradient_N, output.rest_N)]
+        self._step_sums += torch.stack([output.ce_N, output.kl_N, *extra]).double().sum(-1).detach()
         return output.loss_N.sum() / num_items_in_batch * self.accelerator.num_processes
 
     def _objective(
@@ -187,7 +194,7 @@ class DistillationTrainer(ResumableTrainer):
 
         def forward() -> tuple[Tensor | None, ...]:
             if self.head is None:
-                self.head = Head.of(student, self.columns)
+                self.head = replace(Head.of(student, self.columns), rest=self.rest)
             hidden_NH = hidden_at(student, batch["student"], batch["student_rows_N"])
             output = student.get_output_embeddings()
             self.head = replace(self.head, weight=output.weight, bias=getattr(output, "bias", None))
@@ -216,9 +223,12 @@ class DistillationTrainer(ResumableTrainer):
         self._window.tokens += self._step_tokens
         if self.teacher is None:
             return
-        ce, kl, slope = self.sum_over_ranks(self._step_sums).tolist()
+        ce, kl, slope, rest = self.sum_over_ranks(self._step_sums).tolist()
         self._step_sums = torch.zeros_like(self._step_sums)
         self._window.kl += kl
+        self._window.rest += rest
+        if self.rest_watch is not None and (warning := self.rest_watch.add(rest, self._step_tokens)):
+            self.accelerator.print(warning)
         if self.schedule is not None:
             value = ce if self.schedule.signal == "ce" else kl
             mean = value / self._step_tokens if self._step_tokens else float("nan")
@@ -230,7 +240,10 @@ class DistillationTrainer(ResumableTrainer):
         """Adds t, KL, pairing and throughput to the training logs."""
         if "loss" in logs:
             logs |= self._window.means(
-                teacher=self.teacher is not None, paired=not self.collator.shared, rollout=self.rollout is not None
+                teacher=self.teacher is not None,
+                paired=not self.collator.shared,
+                rest=self.rest is not None,
+                rollout=self.rollout is not None,
             )
             self._window = Window()
             if self.schedule is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from .errors import InputError
 from .objectives import TAIDSchedule
 
 
@@ -15,6 +16,7 @@ class Window:
     Args:
         tokens: answer tokens.
         kl: sum of their KL, in nats.
+        rest: sum of the teacher's probability of the rest bucket.
         pairing: rows, content shares, first tokens unpaired, identical-next shares (``PairedBatch``).
         sampled_rows, sample_fallbacks: rows that the student was to answer, those that kept the data's answer.
         since: when it began, on the clock of ``time.perf_counter``.
@@ -22,6 +24,7 @@ class Window:
 
     tokens: float = 0.0
     kl: float = 0.0
+    rest: float = 0.0
     pairing: list[float] = field(default_factory=lambda: [0.0] * 4)
     sampled_rows: float = 0.0
     sample_fallbacks: float = 0.0
@@ -30,12 +33,13 @@ class Window:
     def add_pairing(self, pairing: list[float]) -> None:
         self.pairing = [a + b for a, b in zip(self.pairing, pairing, strict=True)]
 
-    def means(self, *, teacher: bool, paired: bool, rollout: bool) -> dict[str, float]:
+    def means(self, *, teacher: bool, paired: bool, rest: bool, rollout: bool) -> dict[str, float]:
         """Token means, shares, and throughput until now.
 
         Args:
             teacher: there is one, so there is a KL.
             paired: the models have streams of their own, which were paired.
+            rest: their vocabularies differ, and what only one has is in a rest bucket.
             rollout: the student samples answers.
         """
         means = {}
@@ -46,11 +50,49 @@ class Window:
             means["paired_share"] = share / max(rows, 1.0)
             means["first_tokens_unpaired"] = first_unpaired
             means["identical_next_share"] = identical / max(rows, 1.0)
+        if rest:
+            means["teacher_rest_mass"] = self.rest / max(self.tokens, 1.0)
         if rollout:
             means |= {"sampled_rows": self.sampled_rows, "sample_fallbacks": self.sample_fallbacks}
         means["answer_tokens"] = self.tokens
         means["answer_tokens_per_second"] = self.tokens / max(time.perf_counter() - self.since, 1e-9)
         return means
+
+
+@dataclass
+class RestWatch:
+    """Holds the teacher's mean mass in the rest bucket against two limits, from a number of answer tokens on.
+
+    What is in the rest, the student is not taught: it learns how much there is, not which tokens.
+    """
+
+    mass: float = 0.0
+    tokens: float = 0.0
+    warned: bool = False
+    WARN, REFUSE, AFTER = 0.1, 0.5, 500
+
+    def add(self, mass: float, tokens: float) -> str | None:
+        """Counts an optimizer step, over all ranks.
+
+        Returns:
+            A warning, once, when over 10 % of the teacher's mass is in the rest.
+
+        Raises:
+            InputError: over half is.
+        """
+        self.mass, self.tokens = self.mass + mass, self.tokens + tokens
+        mean = self.mass / max(self.tokens, 1.0)
+        if self.tokens < self.AFTER or mean <= self.WARN:
+            return None
+        said = f"{mean:.0%} of the teacher's probability is on tokens that the student's tokenizer does not have"
+        if mean > self.REFUSE:
+            raise InputError(
+                f"{said}: choose a student of the teacher's family, or one whose tokenizer is closer to it"
+            )
+        if self.warned:
+            return None
+        self.warned = True
+        return f"warning: {said}; vlm-taid inspect shows which"
 
 
 def schedule_values(schedule: TAIDSchedule, step: int, num_steps: int) -> dict[str, float]:

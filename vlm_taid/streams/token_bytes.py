@@ -23,7 +23,7 @@ class TokenBytes:
 
     Attributes:
         kind: how the tokens are written.
-        special: ids of the special tokens.
+        special, added: ids of the special tokens, and of all that stand in no vocabulary file (special ones too).
     """
 
     def __init__(self, tokenizer: Any):
@@ -37,6 +37,7 @@ class TokenBytes:
         self._byte_fallback = "ByteFallback(" in parts
         added = tokenizer.added_tokens_decoder
         self.special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+        self.added = set(added) | self.special
         # SentencePiece's own pieces (runs of blanks, of newlines) may stand among the added tokens
         self._literal = {i for i in added if self.kind != "sentencepiece"} | self.special
         self._tokenizer, self._unknown = tokenizer, tokenizer.unk_token_id

@@ -95,8 +95,10 @@ class SharedVocabulary:
             self._names, (self.to_teacher, set(self.to_teacher.values())), self._special, self._unshared, strict=True
         ):
             counts.append((len(names), len(unshared), sum(i in special and i not in shared for i in names)))
-            named.append(tuple(names[i] for i in unshared[:examples]))
+            named.append(tuple(token for _, token in _bytes_last({i: names[i] for i in unshared})[:examples]))
         mine, theirs = self._names
+        written = tuple((mine[i], theirs[self.to_teacher[i]]) for i in self._by_bytes)
+        written = tuple(sorted(written, key=lambda pair: pair[1].startswith("<0x")))  # single bytes tell least
         return VocabularyReport(
             shared=len(self),
             student_tokens=counts[0][0],
@@ -105,7 +107,7 @@ class SharedVocabulary:
             teacher_unshared=counts[1][1],
             student_unshared_special=counts[0][2],
             teacher_unshared_special=counts[1][2],
-            otherwise_written=tuple((mine[i], theirs[self.to_teacher[i]]) for i in self._by_bytes[:examples]),
+            otherwise_written=written[:examples],
             student_examples=named[0],
             teacher_examples=named[1],
             end_of_turn=(mine[self.end_of_turn[0]], theirs[self.end_of_turn[1]]),
@@ -193,21 +195,30 @@ def _pairs(
 
     # the same string, where it means the same: first, so that equal tokenizers map each id to itself
     ids = {token: i for i, token in theirs.items()}
+    a, b = student.token_bytes, teacher.token_bytes
     for i, token in mine.items():
         j = ids.get(token)
-        if j is not None and student.token_bytes.of(i, token) == teacher.token_bytes.of(j, token):
+        if j is None:
+            continue
+        same_text = i not in a.special and j not in b.special and a.of(i, token) == b.of(j, token)
+        if same_text or (i in a.added and j in b.added):
             add(i, j)
     # the same bytes; of two tokens with the same bytes, a piece of text comes before a single byte's stand-in
     texts: dict[bytes | None, int] = {}
-    for j, token in sorted(theirs.items(), key=lambda item: (item[1].startswith("<0x"), item[0])):
-        if j not in taken and j not in teacher.token_bytes.special:
-            texts.setdefault(teacher.token_bytes.of(j, token), j)
+    for j, token in _bytes_last(theirs):
+        if j not in taken and j not in b.special:
+            texts.setdefault(b.of(j, token), j)
     texts.pop(None, None)
-    for i, token in sorted(mine.items(), key=lambda item: (item[1].startswith("<0x"), item[0])):
-        if i not in student.token_bytes.special and add(i, texts.get(student.token_bytes.of(i, token))):
+    for i, token in _bytes_last(mine):
+        if i not in a.special and add(i, texts.get(a.of(i, token))):
             by_bytes.append(i)
     for role in ROLES:
         i, j = (getattr(encoder.tokenizer, f"{role}_token_id") for encoder in (student, teacher))
         if i is not None:
             add(i, j)
-    return pairs, sorted(by_bytes)
+    return pairs, by_bytes
+
+
+def _bytes_last(names: dict[int, str]) -> list[tuple[int, str]]:
+    """By id, the stand-ins for single bytes after all others."""
+    return sorted(names.items(), key=lambda item: (item[1].startswith("<0x"), item[0]))

@@ -76,9 +76,9 @@ class LiveTeacher:
         """Rows of the language head."""
         return head_rows(self.model)
 
-    def share(self, columns: Tensor | slice) -> None:
-        """Cuts the head to the teacher's ids of the shared vocabulary."""
-        self.head = replace(self.head, columns=columns)
+    def share(self, columns: Tensor | slice, rest: Tensor | None = None) -> None:
+        """Cuts the head to the teacher's ids of the shared vocabulary, and of the rest bucket if there is one."""
+        self.head = replace(self.head, columns=columns, rest=rest)
 
     @torch.no_grad()
     def signal(self, batch: Mapping[str, Any]) -> HiddenSignal:
