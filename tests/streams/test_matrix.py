@@ -1,7 +1,4 @@
-"""Pairs of families on real rows: the positions that pair predict the same text in both streams.
-
-``VLM_TAID_ROWS=all`` takes every row of the sample for every pair (``scripts`` of a full run do).
-"""
+"""Pairs of families on real rows: the positions that pair predict the same text in both streams."""
 
 import json
 from dataclasses import dataclass, field
