@@ -52,7 +52,8 @@ ALLOWED = {
         "trainer",
     },
     "report": {"data", "evaluation"},
-    "cli": {"caching", "distillation", "evaluation", "parsing", "recipe", "report"},
+    "inspection": {"data", "objectives", "pairing", "pretrained", "recipe", "streams", "teachers"},
+    "cli": {"caching", "distillation", "evaluation", "inspection", "parsing", "recipe", "report"},
     "__main__": {"cli"},
     "__init__": {"distillation", "evaluation", "recipe"},
 }

@@ -13,6 +13,7 @@ USAGE = """vlm-taid COMMAND ...
 
   distill   --config RECIPE.yaml [--section.key VALUE ...]    train a student; --help lists every key
   cache     --config RECIPE.yaml --output DIR                 the teacher's distributions to disk, for teacher.cache
+  inspect   --config RECIPE.yaml [--html FILE] [--models]     both token streams side by side, before a run
   eval run  --model PATH --data NAME=FILE ...                 score a model on VQA files
   report    RUN [RUN ...] --output report.html                curves, results and sample answers as one page
 
@@ -36,6 +37,20 @@ def cache(arguments: list[str]) -> None:
     parser.add_argument("--k", type=int, default=64, help="tokens to keep at each position (default: 64)")
     options, rest = parser.parse_known_args(arguments)
     print(f"cache: {cache(Recipe.parse(rest), options.output, options.k)}")
+
+
+def inspect(arguments: list[str]) -> int:
+    from .inspection import inspect
+    from .parsing import with_recipe
+    from .recipe import Recipe
+
+    parser = with_recipe("inspect", "Show rows as both models read them; exit 1 if one of them would be refused.")
+    parser.add_argument("--rows", type=int, default=4, help="rows to show, evenly spread over the data (default: 4)")
+    parser.add_argument("--html", type=Path, help="a page to write, in one file")
+    parser.add_argument("--models", action="store_true", help="load the models: top-5 tokens and KL at each pair")
+    options, rest = parser.parse_known_args(arguments)
+    rows = inspect(Recipe.parse(rest), options.rows, options.html, options.models)
+    return int(any(row.refused is not None for row in rows))
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -62,16 +77,17 @@ def report(arguments: list[str]) -> None:
     print(f"report: {report(**vars(parser.parse(arguments)[1]))}")
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "distill": distill,
     "cache": cache,
+    "inspect": inspect,
     "eval": evaluate,
     "report": report,
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns 0, or 2 when something that was given cannot be used."""
+    """Runs a command; returns 0, 2 when something that was given cannot be used, 1 when ``inspect`` found a bad row."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "LOCAL_RANK" in os.environ:  # the deepspeed launcher puts its argument before ours
         arguments = [a for a in arguments if not a.startswith(("--local_rank", "--local-rank"))]
@@ -83,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vlm-taid: no command {command!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
-        COMMANDS[command](rest)
+        return COMMANDS[command](rest) or 0
     except ImportError as error:  # an optimizer, a log back end or an attention that is not installed
         print(f"vlm-taid {command}: {error}", file=sys.stderr)
         return 2
@@ -92,4 +108,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = str(error).rsplit("vlm_taid.errors.BadRow: ", 1)[-1].strip()
         print(f"vlm-taid {command}: {message}", file=sys.stderr)
         return 2
-    return 0
