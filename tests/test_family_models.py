@@ -1,11 +1,13 @@
 """Every family's model on the streams: causal, one row like many, its head proven, a training step's gradients."""
 
+import math
+
 import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from tests import families
+from tests import families, runs
 from tests.families import FAMILIES, MORE_IMAGE_TOKENS, TEXT_ONLY
 from tests.streams.test_families import TALL, WIDE, conversation
 from vlm_taid.objectives import Head, Objective, linear_distillation
@@ -137,3 +139,17 @@ def test_training_step(family):
             assert any(id(p) in inside for name, p in model.named_parameters() if name in learned)
         joins = ("projector", "connector", "merger", "multi_modal")
         assert any(part in name for name in learned for part in joins), learned
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_distilled_by_the_command(family, tmp_path):
+    """Two steps of TAID from a teacher that sees more image tokens; what is saved loads, and has learned."""
+    data = families.vqa_rows(tmp_path / "data", rows=4, images=family not in TEXT_ONLY)
+    student, teacher = families.made(family), families.made(family, seed=1, **MORE_IMAGE_TOKENS.get(family, {}))
+    recipe = runs.recipe_file(tmp_path / "run.yaml", student, teacher, data, max_steps=2, per_device_train_batch_size=2)
+    output = runs.here(recipe)
+    losses = [loss for (loss,) in runs.metrics(output, "loss")]
+    assert len(losses) == 2 and all(math.isfinite(loss) and loss > 1e-2 for loss in losses)
+    before, after = (load_model(ModelOptions(str(path))).state_dict() for path in (student, output))
+    assert any(not torch.equal(before[name], tensor) for name, tensor in after.items() if "embed_tokens" in name)
+    assert StreamEncoder(load_processor(output)).end_of_turn_id == StreamEncoder(load_processor(student)).end_of_turn_id

@@ -95,7 +95,7 @@ def gemma3(folder: Path, *, seed=0, width=32, layers=2, image=32, pooled=4, crop
         ),
         vision_config={**TOWER, "image_size": image, "patch_size": 8, "vision_use_head": False},
         mm_tokens_per_image=pooled, boi_token_index=tok.boi_token_id, eoi_token_index=tok.eoi_token_id,
-        image_token_index=tok.image_token_id, tie_word_embeddings=False,
+        image_token_index=tok.image_token_id, tie_word_embeddings=False, initializer_range=0.3,
     )  # fmt: skip
     crop = {"do_pan_and_scan": crops, "pan_and_scan_min_crop_size": 16, "pan_and_scan_max_num_crops": 2,
             "pan_and_scan_min_ratio_to_activate": 1.5}  # fmt: skip

@@ -107,9 +107,12 @@ def qwen3_vl(folder: Path, *, seed=0, width=32, layers=2, min_pixels=32 * 32, ma
 
 
 def qwen3_5(folder: Path, *, seed=0, width=32, layers=2, min_pixels=32 * 32, max_pixels=64 * 64, tok=None) -> str:
-    """Qwen3.5: linear attention in all but every last layer, thoughts in the template, Qwen3-VL's processor."""
+    """Qwen3.5: linear attention in all but the last layer, thoughts in the template, Qwen3-VL's processor.
+
+    AutoTokenizer gives it Qwen's own pre-tokenizer, whatever ``tok`` has.
+    """
     torch.manual_seed(seed)
-    tok = tokenizer_with(tok, *PADS, "<|im_start|>", bos=None, eos="<|im_end|>")
+    tok = tokenizer_with(tok, *PADS, "<|im_start|>", bos=None, eos="<|im_end|>", pad="<|endoftext|>")
     rope = _rope(4, mrope_interleaved=True, partial_rotary_factor=1.0)
     linear = dict.fromkeys(["linear_num_key_heads", "linear_num_value_heads"], 2)
     linear |= dict.fromkeys(["linear_key_head_dim", "linear_value_head_dim"], 8)

@@ -45,8 +45,9 @@ def llama3(folder: Path, *, seed=0, width=32, layers=2, tok=None, **more) -> str
 
 
 def qwen2(folder: Path, *, seed=0, width=32, layers=2, tok=None, **more) -> str:
-    """Qwen2: a default system turn, no begin of text."""
-    tok = tokenizer_with(tok, "<|im_start|>", bos=None, eos="<|im_end|>")
+    """Qwen2: a default system turn, no begin of text. AutoTokenizer gives it Qwen2's own pre-tokenizer, whatever
+    ``tok`` has."""
+    tok = tokenizer_with(tok, "<|im_start|>", bos=None, eos="<|im_end|>", pad="<|endoftext|>")
     sizes = text_sizes(0, width, layers, **more)
     return _made(folder, Qwen2Config, Qwen2ForCausalLM, tok, templates.QWEN2, seed, sizes)
 
