@@ -1,12 +1,9 @@
-"""How an answer is scored against its references.
-
-Each metric follows one named flavour, since the public harnesses disagree on details that move scores by points.
-The flavour goes into the results file. The definitions are those of lmms-eval 0.7.3, in our own words.
-"""
+"""Metrics that compare one text with reference texts. The definitions are lmms-eval 0.7.3's, in our own words."""
 
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,6 +53,16 @@ def _contractions() -> dict[str, str]:
 CONTRACTIONS = _contractions()
 
 
+def fold_marks(text: str) -> str:
+    """The punctuation rule of `normalize_vqa`, without its full stops."""
+    deletes_all = re.search(r"\d,\d", text) is not None
+    cleaned = text
+    for mark in _MARKS:
+        deleted = deletes_all or mark + " " in text or " " + mark in text
+        cleaned = cleaned.replace(mark, "" if deleted else " ")
+    return cleaned
+
+
 def normalize_vqa(text: str) -> str:
     """An answer as VQAv2's evaluation compares it: punctuation, number words, articles and contractions folded.
 
@@ -63,13 +70,7 @@ def normalize_vqa(text: str) -> str:
     everywhere, else it becomes a blank; digit,comma,digit anywhere makes all marks be deleted. At most 32 full stops
     go. All of this is the official behaviour, kept as it is.
     """
-    text = text.replace("\n", " ").replace("\t", " ").strip()
-    deletes_all = re.search(r"\d,\d", text) is not None
-    cleaned = text
-    for mark in _MARKS:
-        deleted = deletes_all or mark + " " in text or " " + mark in text
-        cleaned = cleaned.replace(mark, "" if deleted else " ")
-    cleaned = re.sub(r"\.(?!\d)", "", cleaned, count=32)
+    cleaned = re.sub(r"\.(?!\d)", "", fold_marks(text.replace("\n", " ").replace("\t", " ").strip()), count=32)
     words = (NUMBERS.get(word, word) for word in cleaned.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
@@ -100,6 +101,112 @@ def _any_equal(prediction: str, references: Sequence[str]) -> float:
     return float(prediction in references)
 
 
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein's distance: the fewest insertions, deletions and substitutions of characters."""
+    row = list(range(len(b) + 1))
+    for i, left in enumerate(a, 1):
+        previous, row[0] = row[0], i
+        for j, right in enumerate(b, 1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (left != right))
+    return row[-1]
+
+
+def _anls(prediction: str, references: Sequence[str]) -> float:
+    """Best similarity over the references, 0 below one half (Biten et al. 2019).
+
+    The length that divides is of the texts before blanks are collapsed, in upper case, where "ß" counts two.
+    """
+    distances = []
+    for reference in references:
+        pair = [" ".join(text.lower().split()) for text in (prediction, reference)]
+        length = max(len(prediction.upper()), len(reference.upper()))
+        distances.append(edit_distance(*pair) / length if length else 0.0)
+    best = 1 - min(distances)
+    return best if best >= 0.5 else 0.0
+
+
+def _as_number(text: str) -> float | None:
+    """A number as Python reads it, a trailing % dividing by 100; None if it is none."""
+    try:
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+
+
+def _relaxed(prediction: str, references: Sequence[str]) -> float:
+    """Numbers within 5 % of the target, texts equal without regard to case; a target of 0 is compared as a text."""
+    for reference in references:
+        value, target = _as_number(prediction), _as_number(reference)
+        if value is not None and target:
+            right = abs(value - target) / abs(target) <= 0.05
+        else:
+            right = prediction.lower() == reference.lower()
+        if right:
+            return 1.0
+    return 0.0
+
+
+def _final_answer(text: str) -> str:
+    """What stands on the first filled line after the last "Answer:", without Markdown; empty if there is none."""
+    text = re.sub(r"([aA]nswer)\**:\**", r"\1:", text)
+    at = text.lower().rfind("answer:")
+    if at < 0:
+        return ""
+    lines = (line.strip() for line in text[at + len("answer:") :].split("\n"))
+    return re.sub(r"[*_\[\]()]", "", next(filter(None, lines), ""))
+
+
+def _chart_text(text: str) -> str:
+    """Without thousands' commas, dollar signs and end punctuation if there is a digit; else without outer quotes."""
+    if any(character.isdigit() for character in text):
+        while text and text[-1] != "%" and (text[-1] in string.punctuation or text[-1].isspace()):
+            text = text[:-1]
+        return text.replace(",", "").replace("$", "")
+    quoted = text[:1] in ('"', "'") and text.endswith(text[:1])
+    return text[1:-1] if quoted else text
+
+
+def _relaxed_lm_eval(prediction: str, references: Sequence[str]) -> float:
+    """lm-eval's chartqa: only what follows "Answer:" counts; percentages match with and without their sign."""
+    prediction = _chart_text(_final_answer(prediction))
+    if not prediction:
+        return 0.0
+
+    def read(text: str) -> tuple[float | None, float]:
+        try:
+            value = float(text.strip().rstrip("%"))
+        except ValueError:
+            return None, 1.0
+        return value, 0.01 if text.strip().endswith("%") else 1.0
+
+    for reference in map(_chart_text, references):
+        (value, value_scale), (target, target_scale) = read(prediction), read(reference)
+        if value is not None and target is not None:
+            pairs = [(value, target), (value * value_scale, target), (value, target * target_scale)]
+            right = any(abs(p - t) <= 0.05 * max(abs(t), 1e-10) for p, t in pairs)
+        elif len(reference) == 1 and reference.isalpha():
+            right = prediction[0].lower() == reference.lower()
+        else:
+            right = prediction.rstrip(string.punctuation).lower() == reference.lower()
+        if right:
+            return 1.0
+    return 0.0
+
+
+def normalize_ocr(text: str) -> str:
+    """Lower case, stripped, line breaks as blanks."""
+    return text.lower().strip().replace("\n", " ")
+
+
+def normalize_formula(text: str) -> str:
+    """Without any blanks; the case stays."""
+    return text.strip().replace("\n", " ").replace(" ", "")
+
+
+def _contains_any(prediction: str, references: Sequence[str]) -> float:
+    return float(any(reference in prediction for reference in references))
+
+
 @dataclass(frozen=True)
 class Metric:
     """A metric: how texts are normalised, how the normalised are compared, and whose convention that is.
@@ -123,6 +230,10 @@ METRICS: dict[str, Metric] = {
     "textvqa_accuracy": Metric(normalize_textvqa, _leave_one_out, "lmms-0.7.3"),
     "gqa_exact_match": Metric(normalize_gqa, _any_equal, "lmms-0.7.3"),
     "exact_match": Metric(normalize_exact, _any_equal, "vlm_taid"),
+    "anls": Metric(str, _anls, "lmms-0.7.3"),
+    "relaxed_accuracy": Metric(str, _relaxed, "lmms-0.7.3"),
+    "relaxed_accuracy_lm_eval": Metric(str, _relaxed_lm_eval, "lm-eval-0.4.13"),
+    "ocrbench": Metric(normalize_ocr, _contains_any, "vlmevalkit"),
 }
 
 
@@ -145,28 +256,3 @@ def reference_texts(references: Any) -> list[str]:
     if isinstance(references, str) or not isinstance(references, Sequence):
         references = [references]
     return [str(item["answer"] if isinstance(item, Mapping) else item) for item in references]
-
-
-def score(name: str, prediction: str, references: Any, **options: Any) -> float:
-    """Scores one answer.
-
-    Args:
-        name: ``vqa_accuracy`` and ``textvqa_accuracy`` (leave one annotator out, so one reference alone always gives
-            0), ``gqa_exact_match`` (equal to any reference, punctuation ignored), or ``exact_match`` (this package's
-            plain one: equal to any reference after strip and casefold).
-        prediction: the model's answer.
-        references: a list of texts (or of VQAv2's ``{"answer": ...}``); never changed.
-        **options: of the metric; the present ones take none.
-
-    Returns:
-        A score between 0 and 1.
-
-    Raises:
-        InputError: unknown metric, unknown option, or no references.
-    """
-    if options:
-        raise InputError(f"metric {name!r} takes no option {next(iter(options))!r}")
-    texts = reference_texts(references)
-    if not texts:
-        raise InputError(f"metric {name!r}: no reference answer to score {prediction!r} against")
-    return metric(name)(prediction.strip(), texts)
