@@ -34,7 +34,7 @@ ALLOWED = {
         "training_log",
     },
     "recipe": {"data", "objectives", "parsing", "rollout", "students", "teachers", "trainer"},
-    "pairing": {"pretrained", "recipe", "streams"},
+    "pairing": {"pretrained", "recipe", "streams", "teachers"},
     "caching": {"data", "objectives", "pairing", "recipe", "streams", "teachers"},
     "model_card": {"recipe"},
     "distillation": {

@@ -23,7 +23,7 @@ from .pairing import paired_collator
 from .pretrained import load_model
 from .recipe import Recipe
 from .rollout import Rollout
-from .teachers import CachedTeacher, LiveTeacher, head_rows
+from .teachers import CachedTeacher, LiveTeacher, SeveralTeachers, head_rows
 from .trainable import check_trainable, freeze, save_merged, with_adapters
 from .trainer import DistillationArguments, DistillationTrainer
 
@@ -117,8 +117,10 @@ def build_trainer(recipe: Recipe, arguments: DistillationArguments) -> Distillat
     if recipe.student.lora is not None:
         student = with_adapters(student, recipe.student.lora, recipe.student.freeze, arguments.seed)
     teacher, vocabulary = None, collator.vocabulary
-    if recipe.teacher is not None and collator.teacher is not None and vocabulary is not None:
-        if recipe.teacher.cache is None:
+    if recipe.all_teachers and collator.teacher is not None and vocabulary is not None:
+        if recipe.teacher is None:
+            teacher = SeveralTeachers(recipe.teachers, arguments.device, recipe.objective.mix)
+        elif recipe.teacher.cache is None:
             teacher = LiveTeacher(recipe.teacher, arguments.device)
         else:
             teacher = CachedTeacher(recipe.teacher.cache, belongs(recipe, collator.teacher, vocabulary))

@@ -48,7 +48,8 @@ def model_card(recipe: Recipe, state: Any, model: Any) -> str:
         "base_model": recipe.student.path,
         "tags": ["vlm-taid", "distillation", recipe.objective.name],
     }
-    teacher = f"- teacher: `{recipe.teacher.path}`\n" if recipe.teacher and recipe.objective.name != "sft" else ""
+    named = [] if recipe.objective.name == "sft" else recipe.all_teachers
+    teacher = "".join(f"- teacher: `{one.path}`\n" for one in named)
     data = "".join(f"- data: `{source.path}` ({source.format})\n" for source in recipe.data.train)
     last = next((log for log in reversed(state.log_history) if "loss" in log), {})
     auto = "AutoModelForImageTextToText" if is_vlm else "AutoModelForCausalLM"

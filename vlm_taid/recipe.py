@@ -20,7 +20,7 @@ from .objectives import OBJECTIVES, LearnedTemperature, Objective, TAIDSchedule
 from .parsing import Parser
 from .rollout import RolloutOptions
 from .students import StudentOptions
-from .teachers import TeacherOptions
+from .teachers import TeacherOptions, WeightedTeacherOptions
 from .trainer import DistillationArguments
 
 GATHER = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
@@ -64,13 +64,15 @@ class ObjectiveOptions:
     """dkd: weight of the KL among the other tokens."""
     temperature_learning_rate: float = 0.05
     """ctkd: learning rate of its temperature (ours)."""
+    mix: Literal["logits", "probabilities"] = "logits"
+    """Several teachers: what of theirs is averaged by weight, logits or probabilities."""
     chunk: int | None = None
     """Rows of the fused loss at a time; None: as many as 256 MiB of logits hold."""
 
     def objective(self) -> Objective:
         """The objective, after a check that no option of another one is set."""
         known = {f.name for f in dataclasses.fields(OBJECTIVES[self.name]) if f.init}
-        known |= {"name", "chunk"}
+        known |= {"name", "chunk", "mix"}
         if self.name == "taid":
             known |= {f.name for f in dataclasses.fields(TAIDSchedule)}
         if self.name == "ctkd":
@@ -114,6 +116,12 @@ class Recipe:
     teacher: TeacherOptions | None
     training: dict[str, Any]
     rollout: RolloutOptions | None = None
+    teachers: list[WeightedTeacherOptions] = dataclasses.field(default_factory=list)
+
+    @property
+    def all_teachers(self) -> list[TeacherOptions]:
+        """The teacher, or the several."""
+        return [*([] if self.teacher is None else [self.teacher]), *self.teachers]
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -140,6 +148,7 @@ class Recipe:
             teacher=sections.teacher,
             training=_changed(parsed.training),
             rollout=sections.rollout,
+            teachers=list(sections.teachers),
         )
         recipe.check()
         return recipe
@@ -151,9 +160,17 @@ class Recipe:
             InputError: naming the keys.
         """
         objective = self.objective.objective()
-        if objective.uses_teacher and self.teacher is None:
+        if objective.uses_teacher and not self.all_teachers:
             raise InputError(f"objective.name is {objective.name}, which needs teacher.path")
-        if self.teacher is not None and self.teacher.zero_stage == 3 and not self.training.get("deepspeed"):
+        if self.teacher is not None and self.teachers:
+            raise InputError("teacher and teachers are both given: name one teacher by teacher, or several by teachers")
+        if len(self.teachers) == 1:
+            raise InputError("teachers has one entry: name one teacher by teacher")
+        if any(one.cache is not None or one.weight <= 0.0 for one in self.teachers):
+            raise InputError("teachers: each must be live (no cache) and have a positive weight")
+        if self.objective.mix != "logits" and not self.teachers:
+            raise InputError("objective.mix is read with several teachers alone")
+        if any(one.zero_stage == 3 for one in self.all_teachers) and not self.training.get("deepspeed"):
             raise InputError("teacher.zero_stage is 3, which needs training.deepspeed and a launcher; 0 needs neither")
         training = self.training
         if self.rollout is not None:
@@ -212,7 +229,9 @@ class Recipe:
         """Plain values, as in a recipe file; an ``sft`` run needs no teacher section."""
         sections = {"student": self.student, "teacher": self.teacher, "data": self.data, "objective": self.objective}
         sections["rollout"] = self.rollout
-        plain = {key: dataclasses.asdict(value) for key, value in sections.items() if value is not None}
+        plain: dict[str, Any] = {key: dataclasses.asdict(value) for key, value in sections.items() if value is not None}
+        if self.teachers:
+            plain["teachers"] = [dataclasses.asdict(one) for one in self.teachers]
         return {**plain, "training": self.training}
 
     def save(self, path: Path) -> None:
@@ -226,6 +245,7 @@ def recipe_parser() -> Parser:
     parser.add_argument("--config", action="config", help="YAML recipe; may be given several times.")
     parser.add_class_arguments(StudentOptions, "student", help="the model that is trained")
     parser.add_argument("--teacher", type=TeacherOptions | None, default=None, help="the model that is learned from")
+    parser.add_argument("--teachers", type=list[WeightedTeacherOptions], default=[], help="several teachers")
     parser.add_class_arguments(DataOptions, "data", help="what is trained on")
     parser.add_class_arguments(ObjectiveOptions, "objective", help="what the student is held against")
     parser.add_argument("--rollout", type=RolloutOptions | None, default=None, help="answers that the student samples")

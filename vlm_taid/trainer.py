@@ -38,7 +38,7 @@ from .pretrained import vision_towers
 from .resumable import ResumableTrainer
 from .rollout import Rollout
 from .streams import PairedBatch, PairedCollator
-from .teachers import CachedTeacher, LiveTeacher
+from .teachers import CachedTeacher, LiveTeacher, SeveralTeachers
 from .teachers.live import hidden_at
 from .trainable import without_adapters
 from .training_log import RestWatch, Window, schedule_values
@@ -72,7 +72,7 @@ class DistillationTrainer(ResumableTrainer):
         args: DistillationArguments.
         objective: what the student is held against.
         collator: makes PairedBatches.
-        teacher: a LiveTeacher or a CachedTeacher; None for ``sft``.
+        teacher: a LiveTeacher, SeveralTeachers or a CachedTeacher; None for ``sft``.
         schedule: TAID's schedule; None for other objectives.
         temperature: CTKD's learned temperature; None for other objectives.
         rollout: samples answers in place of the data's; None: the data's alone.
@@ -90,7 +90,7 @@ class DistillationTrainer(ResumableTrainer):
         *,
         objective: Objective,
         collator: PairedCollator,
-        teacher: LiveTeacher | CachedTeacher | None = None,
+        teacher: LiveTeacher | SeveralTeachers | CachedTeacher | None = None,
         schedule: TAIDSchedule | None = None,
         temperature: LearnedTemperature | None = None,
         rollout: Rollout | None = None,

@@ -2,15 +2,18 @@
 
 from .cached import ABOUT, VERSION, CachedTeacher, ShardWriter, StoredTokens, fingerprint, row_key, shard_file
 from .live import LiveTeacher, TeacherOptions, head_rows
+from .several import SeveralTeachers, WeightedTeacherOptions
 
 __all__ = [
     "ABOUT",
     "VERSION",
     "CachedTeacher",
     "LiveTeacher",
+    "SeveralTeachers",
     "ShardWriter",
     "StoredTokens",
     "TeacherOptions",
+    "WeightedTeacherOptions",
     "fingerprint",
     "head_rows",
     "row_key",
