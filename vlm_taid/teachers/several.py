@@ -46,10 +46,10 @@ class SeveralTeachers:
         """Rows of the smallest language head."""
         return min(teacher.head_rows for teacher in self.teachers)
 
-    def share(self, columns: Tensor | slice) -> None:
-        """Cuts every head to the teachers' ids of the shared vocabulary."""
+    def share(self, columns: Tensor | slice, rest: Tensor | None = None) -> None:
+        """Cuts every head to the teachers' ids of the shared vocabulary, and of the rest bucket if there is one."""
         for teacher in self.teachers:
-            teacher.share(columns)
+            teacher.share(columns, rest)
 
     def signal(self, batch: Mapping[str, Any]) -> MixedSignal:
         """Every teacher's signal, weighted."""
