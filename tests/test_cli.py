@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests import families, runs
 from vlm_taid.cli import main
+from vlm_taid.evaluation import score_command
 from vlm_taid.pretrained import ModelOptions, load_model, load_processor
 from vlm_taid.recipe import Recipe
 
@@ -257,6 +258,11 @@ def test_eval_run_and_report(recipe, tmp_path, capsys):
     run = runs.output_of(path)
     score = ["eval", "run", "--model", str(run), "--data", f"squares={data}", "--metric", "exact_match"]
     assert main([*score, "--batch-size", "2", "--num-workers", "0", "--output_path", str(tmp_path / "scores")]) == 0
+    samples = next((tmp_path / "scores").rglob("samples_squares_*.jsonl"))
+    results = json.loads(next((tmp_path / "scores").rglob("results_*.json")).read_text())["results"]["squares"]
+    scored = score_command(str(samples), "exact_match")
+    assert scored.value == results["exact_match,none"] and scored.stderr == results["exact_match_stderr,none"]
+    assert main(["eval", "score", "--predictions", str(samples), "--metric", "exact_match"]) == 0
     page = tmp_path / "report.html"
     assert main(["report", str(run), "--evaluations", f"student={tmp_path / 'scores'}", "--output", str(page)]) == 0
     assert "squares" in capsys.readouterr().out and "student" in page.read_text()
@@ -265,7 +271,7 @@ def test_eval_run_and_report(recipe, tmp_path, capsys):
 def test_eval_of_bad_input(recipe, capfd, tmp_path):
     path, data = recipe
     student = yaml.safe_load(path.read_text())["student"]["path"]
-    assert "eval run" in fails(capfd, "eval", "score")
+    assert "eval run" in fails(capfd, "eval", "scores")
     assert "metric" in fails(capfd, "eval", "run", "--model", student, "--data", f"a={data}", "--metri", "x")
     assert "no such model folder" in fails(capfd, "eval", "run", "--model", tmp_path / "gone", "--data", f"a={data}")
     missing_image(data)

@@ -15,6 +15,7 @@ USAGE = """vlm-taid COMMAND ...
   cache     --config RECIPE.yaml --output DIR                 the teacher's distributions to disk, for teacher.cache
   inspect   --config RECIPE.yaml [--html FILE] [--models]     both token streams side by side, before a run
   eval run  --model PATH --data NAME=FILE ...                 score a model on VQA files
+  eval score --predictions FILE --metric NAME                 score saved answers anew, without the model
   report    RUN [RUN ...] --output report.html                curves, results and sample answers as one page
 
 vlm-taid COMMAND --help tells the rest."""
@@ -54,16 +55,20 @@ def inspect(arguments: list[str]) -> int:
 
 
 def evaluate(arguments: list[str]) -> None:
-    from .evaluation import run_command
+    from .evaluation import run_command, score_command
     from .parsing import Parser
 
-    if arguments[:1] != ["run"]:
-        raise InputError("eval has one subcommand: vlm-taid eval run --model PATH --data NAME=FILE")
-    parser = Parser(prog="vlm-taid eval run", description="Score a model on files of questions.")
-    parser.add_function_arguments(run_command, as_positional=False)
+    commands: dict[str, Callable[..., object]] = {"run": run_command, "score": score_command}
+    name = arguments[0] if arguments else ""
+    if name not in commands:
+        raise InputError(
+            "eval has two subcommands: eval run --model PATH --data NAME=FILE; eval score --predictions FILE"
+        )
+    parser = Parser(prog=f"vlm-taid eval {name}", description="Score a model on files of questions, or its answers.")
+    parser.add_function_arguments(commands[name], as_positional=False)
     # lm-eval's flags are known with dashes and with underscores
     dashed = [a.split("=")[0].replace("-", "_") + a[len(a.split("=")[0]) :] if a[:2] == "--" else a for a in arguments]
-    run_command(**vars(parser.parse([f"--{a[2:]}" if a[:2] == "__" else a for a in dashed[1:]])[1]))
+    commands[name](**vars(parser.parse([f"--{a[2:]}" if a[:2] == "__" else a for a in dashed[1:]])[1]))
 
 
 def report(arguments: list[str]) -> None:

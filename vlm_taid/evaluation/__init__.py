@@ -1,7 +1,7 @@
 """Evaluation: greedy answers to files of questions, scored, saved and compared."""
 
 from vlm_taid.evaluation import metrics
-from vlm_taid.evaluation.command import run_command
+from vlm_taid.evaluation.command import run_command, score_command
 from vlm_taid.evaluation.comparison import (
     Comparison,
     agreement,
@@ -34,4 +34,5 @@ __all__ = [
     "read_samples",
     "run_command",
     "save_grid",
+    "score_command",
 ]

@@ -12,9 +12,10 @@ from rich.console import Console
 
 from vlm_taid.data.sources import SourceOptions
 from vlm_taid.errors import InputError
+from vlm_taid.evaluation.metrics import score
 from vlm_taid.evaluation.models import load
 from vlm_taid.evaluation.readers import Task
-from vlm_taid.evaluation.results import Results
+from vlm_taid.evaluation.results import Results, Score, read_samples
 from vlm_taid.evaluation.runner import evaluate
 
 
@@ -137,3 +138,26 @@ def run_command(
             if output_path is not None:
                 console.print(f"results: {results.save(output_path, log_samples=log_samples)}", soft_wrap=True)
         return results
+
+
+def score_command(predictions: str, metric: str) -> Score:
+    """Scores the answers of a samples file anew, without a model.
+
+    Args:
+        predictions: A samples_*.jsonl of eval run.
+        metric: How answers are scored, as for eval run.
+
+    Returns:
+        The mean, which is also printed, in percent.
+
+    Raises:
+        InputError: the file cannot be read, holds no answers, or a row has no reference.
+    """
+    samples = read_samples(predictions)
+    try:
+        values = [score(metric, sample["filtered_resps"][0], sample["target"]) for sample in samples]
+    except (KeyError, IndexError, TypeError) as error:
+        raise InputError(f"{predictions}: a line lacks filtered_resps or target: is it a samples file?") from error
+    found = Score.mean(values)
+    print(f"{metric}: {found} of {found.count} rows")
+    return found
