@@ -50,6 +50,7 @@ ALLOWED = {
         "teachers",
         "trainable",
         "trainer",
+        "objectives",
     },
     "report": {"data", "evaluation"},
     "inspection": {"data", "objectives", "pairing", "pretrained", "recipe", "streams", "teachers"},

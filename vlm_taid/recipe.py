@@ -66,13 +66,15 @@ class ObjectiveOptions:
     """ctkd: learning rate of its temperature (ours)."""
     mix: Literal["logits", "probabilities"] = "logits"
     """Several teachers: what of theirs is averaged by weight, logits or probabilities."""
-    chunk: int | None = None
-    """Rows of the fused loss at a time; None: as many as 256 MiB of logits hold."""
+    memory: float = 256.0
+    """MiB for the logits of the answer tokens that are in memory at a time."""
 
     def objective(self) -> Objective:
         """The objective, after a check that no option of another one is set."""
+        if not self.memory > 0:
+            raise InputError(f"objective.memory must be positive, not {self.memory}")
         known = {f.name for f in dataclasses.fields(OBJECTIVES[self.name]) if f.init}
-        known |= {"name", "chunk", "mix"}
+        known |= {"name", "memory", "mix"}
         if self.name == "taid":
             known |= {f.name for f in dataclasses.fields(TAIDSchedule)}
         if self.name == "ctkd":

@@ -25,6 +25,7 @@ from .data.workers import DeafContext
 from .errors import InputError
 from .objectives import (
     FKL,
+    MEMORY,
     Head,
     LearnedTemperature,
     LinearDistillationOutput,
@@ -77,7 +78,7 @@ class DistillationTrainer(ResumableTrainer):
         temperature: CTKD's learned temperature; None for other objectives.
         rollout: samples answers in place of the data's; None: the data's alone.
         tower_training: vision towers in train mode (dropout, BatchNorm statistics); else they stay in eval mode.
-        chunk: rows of the fused loss at a time; None: by memory.
+        memory: MiB for the logits that the fused loss holds at a time.
         trainer_options: further arguments of Trainer (datasets, callbacks, processing_class, ...).
     """
 
@@ -95,11 +96,11 @@ class DistillationTrainer(ResumableTrainer):
         temperature: LearnedTemperature | None = None,
         rollout: Rollout | None = None,
         tower_training: bool = False,
-        chunk: int | None = None,
+        memory: float = MEMORY,
         **trainer_options: Any,
     ):
         super().__init__(model, args, data_collator=collator, **trainer_options)
-        self.objective, self.teacher, self.schedule, self.chunk = objective, teacher, schedule, chunk
+        self.objective, self.teacher, self.schedule, self.memory = objective, teacher, schedule, memory
         self.temperature, self.collator, self.rollout = temperature, collator, rollout
         self.columns: Tensor | slice | None = None  # the student's, of the shared vocabulary
         self.rest: Tensor | None = None  # the student's, in one bucket
@@ -188,7 +189,7 @@ class DistillationTrainer(ResumableTrainer):
                 t=t,
                 labels_N=batch["labels_N"],
                 temperature=self.temperature.value if objective.name == "ctkd" and self.temperature else None,
-                chunk=self.chunk,
+                memory=self.memory,
             )
             return tuple(vars(output).values())
 

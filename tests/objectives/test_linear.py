@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vlm_taid.objectives import OBJECTIVES, Head, HiddenSignal, Objective, as_slice, linear_distillation, per_token
+from vlm_taid.objectives.linear import rows_at_a_time
 
 N, H, G = 11, 16, 24
 # every objective, and its options; a temperature of ctkd is an argument of the call
@@ -119,6 +120,42 @@ def test_equals_dense_fp64(chunk, kind):
             assert (gradient is None) == (exact is None)
             if gradient is not None:
                 assert off(gradient, exact) < 2e-5, what  # fp32 logits of near models: their gap keeps fewer digits
+
+
+@pytest.mark.parametrize("tile", [16, 17, 38])
+@pytest.mark.parametrize("kind", ["equal", "student padded", "teacher slice and bias", "scale"])
+@pytest.mark.parametrize("name", ["taid", "fkl"])
+def test_any_tiling_of_the_vocabulary_gives_the_same(name, kind, tile, monkeypatch):
+    from vlm_taid.objectives import streamed
+
+    monkeypatch.setattr(streamed, "CACHED", 4 * tile)
+    hidden, head, target, labels = case(**CASES[kind])
+    assert streamed.streams(head, target)
+    weights = torch.linspace(0.5, 2.0, N)
+    expected = reference(name, hidden, head, target, labels, 0.4, weights.double())
+    out, *gradients = ours(name, hidden, head, target, labels, 0.4, weights, 4)
+    assert (out.loss_N.detach() - expected[0]).abs().max() < 3e-6 * max(1.0, float(expected[0].max()))
+    for gradient, exact in zip(gradients, expected[1:], strict=True):
+        assert exact is None or off(gradient, exact) < 2e-5
+
+
+def test_rows_at_a_time_follow_vocabulary_and_memory():
+    assert rows_at_a_time(151936, 256) == 176  # 10 bytes a logit: under 256 MiB
+    assert rows_at_a_time(151936, 256, streamed=False) == 48
+    assert rows_at_a_time(49152, 256) == 544 and rows_at_a_time(151936, 0.1) == 1
+
+
+def test_head_gradients_of_many_chunks_are_summed_in_fp32():
+    """200 chunks of bf16 sums would be off by several per cent."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*shape, generator=g).bfloat16() for shape in ((200, H), (40, H)))
+    target = HiddenSignal(torch.randn(200, G, generator=g).bfloat16(), Head(torch.randn(40, G, generator=g).bfloat16()))
+    weight = weight.requires_grad_()
+    linear_distillation(hidden, Head(weight), target, Objective.named("taid"), t=0.4, chunk=1).loss_N.sum().backward()
+    exact = in_fp64(Head(weight), requires_grad=True)
+    teacher = in_fp64(target.head)(target.hidden_NG.double())
+    per_token("taid", exact(hidden.double()), teacher, t=0.4).sum().backward()
+    assert off(weight.grad, exact.weight.grad) < 5e-3
 
 
 def test_tied_head_gets_both_gradients():

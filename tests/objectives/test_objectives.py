@@ -130,7 +130,7 @@ MUTATIONS = [
     ("ctkd's teacher", " + _dot(teacher_gradient_NB, teacher_NB)", ""),
     ("taid backwards", "mul_(t).add_(student_NB)", "mul_(1.0 - t).add_(student_NB)"),
     ("taid in probabilities, backwards", "- math.log(t)", "- math.log1p(-t)"),
-    ("taid's divergence", 'if self.divergence == "kl"', "if True"),
+    ("taid's divergence", 'if self.divergence == "kl":', "if True:"),
     ("sft's label", "full_like(at_N1, -1, dtype", "full_like(at_N1, 1, dtype"),
 ]  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from .divergences import per_token
 from .head import Head, as_slice, redirected
-from .linear import LinearDistillationOutput, linear_distillation
+from .linear import MEMORY, LinearDistillationOutput, linear_distillation, rows_at_a_time
 from .objective import FKL, OBJECTIVES, Objective
 from .signals import HiddenSignal, MixedSignal, TeacherSignal, TopKSignal
 from .taid import TAIDSchedule
@@ -10,6 +10,7 @@ from .temperature import LearnedTemperature
 
 __all__ = [
     "FKL",
+    "MEMORY",
     "OBJECTIVES",
     "Head",
     "HiddenSignal",
@@ -24,4 +25,5 @@ __all__ = [
     "linear_distillation",
     "per_token",
     "redirected",
+    "rows_at_a_time",
 ]

@@ -17,10 +17,13 @@ from torch import Tensor
 
 from .head import Head
 from .objective import SFT, Inputs, Objective
-from .products import fp32_results, logits, times_weight
+from .products import TILE, fp32_results, gradient_dtype, logits, times_weight
 from .signals import HiddenSignal, MixedSignal, TeacherSignal, TopKSignal, check, teacher_logits
+from .streamed import KLChunks, streams
 
-CHUNK_BYTES = 2**28  # four fp32 buffers of [n, V] fit into this many bytes
+MEMORY = 256  # MiB
+STREAMED_BYTES, DENSE_BYTES = 10, 36  # that a logit of a chunk takes: two fp32 and a bf16; nine fp32 at the worst
+HALF_SUMS = 4  # chunks whose head gradients are summed in bf16: more would round too often
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ def linear_distillation(
     labels_N: Tensor | None = None,
     weights_N: Tensor | None = None,
     temperature: float | None = None,
+    memory: float = MEMORY,
     chunk: int | None = None,
 ) -> LinearDistillationOutput:
     """The objective at N positions from hidden states, without their logits ever being in memory at once.
@@ -69,7 +73,8 @@ def linear_distillation(
             shared vocabulary is in the rest.
         weights_N: weights of the positions, in the loss and its gradient.
         temperature: in the place of the objective's, for ``ctkd``. It divides the logits of the buckets.
-        chunk: rows at a time; None: as many as ``CHUNK_BYTES`` holds.
+        memory: MiB for what is kept of a chunk of rows.
+        chunk: rows at a time, whatever their memory.
 
     Returns:
         LinearDistillationOutput; its ``loss_N`` carries gradient to ``hidden_NH`` and to the head's parameters that
@@ -96,10 +101,14 @@ def linear_distillation(
                     f"label {int(labels_N[buckets_N < 0][0])} is outside the shared vocabulary and the heads have no "
                     f"rest: {objective.name} has no target there"
                 )
-    chunk = chunk or max(1, CHUNK_BYTES // (4 * 4 * head.weight.shape[0]))
     T = objective.temperature if temperature is None else temperature
+    target_t = objective.target_in_logits(t) if T == 1.0 and objective.ce_weight == 0.0 else None
+    if target_t is not None and not streams(head, target):
+        target_t = None
+    chunk = chunk or rows_at_a_time(head.weight.shape[0], memory, streamed=target_t is not None)
+    chunk = max(1, -(-len(hidden_NH) // max(1, -(-len(hidden_NH) // chunk))))  # chunks of one size
     inputs = Inputs(t, buckets_N, T)
-    call = _Call(head, target, objective, inputs, labels_N, weights_N, chunk, torch.is_grad_enabled())
+    call = _Call(head, target, objective, inputs, labels_N, weights_N, target_t, chunk, torch.is_grad_enabled())
     with torch.autocast(hidden_NH.device.type, enabled=False):  # it would make the products bf16
         loss_N, values_XN = _LinearDistillation.apply(hidden_NH, head.weight, head.bias, call)
     has_rest = head.has_rest and isinstance(target, HiddenSignal | MixedSignal)
@@ -112,6 +121,18 @@ def linear_distillation(
     )
 
 
+def rows_at_a_time(vocabulary: int, memory: float = MEMORY, *, streamed: bool = True) -> int:
+    """Rows of a chunk.
+
+    Args:
+        vocabulary: rows of the student's head.
+        memory: MiB for what is kept of a chunk.
+        streamed: by the tiled road of ``taid`` and ``fkl``, which keeps less; else by the dense one of all objectives.
+    """
+    rows = int(memory * 2**20) // ((STREAMED_BYTES if streamed else DENSE_BYTES) * vocabulary)
+    return max(1, rows // 16 * 16 or rows)
+
+
 @dataclass(frozen=True)
 class _Call:
     head: Head
@@ -120,6 +141,7 @@ class _Call:
     inputs: Inputs
     labels_N: Tensor | None
     weights_N: Tensor | None
+    target_t: float | None  # of a streamed KL
     chunk: int
     gradient: bool  # a Function cannot see torch.no_grad() in its forward
 
@@ -131,20 +153,31 @@ class _LinearDistillation(torch.autograd.Function):
         N = hidden_NH.shape[0]
         values_XN = hidden_NH.new_zeros(5, N, dtype=torch.float32)
         hidden_grad_NH = torch.empty_like(hidden_NH) if wants_hidden else None
-        weight_grad_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if wants_weight else None
+        half = weight_VH.dtype == torch.bfloat16 and HALF_SUMS * call.chunk >= N
+        dtype = torch.bfloat16 if half else torch.float32
+        weight_grad_VH = torch.zeros_like(weight_VH, dtype=dtype) if wants_weight else None
         bias_grad_V = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
         with fp32_results(weight_VH):
+            streamed = None
+            if call.target_t is not None and isinstance(call.target, HiddenSignal):
+                streamed = KLChunks(call.chunk, call.head, call.target, call.target_t)
             for start in range(0, N, call.chunk):
                 at = slice(start, start + call.chunk)
-                gradient_nV = _chunk(hidden_NH[at].detach(), at, call, values_XN[:, at])
+                hidden_nH = hidden_NH[at].detach()
+                if streamed is not None:
+                    weights_n = None if call.weights_N is None else call.weights_N[at].float()
+                    gradient_nV = streamed(hidden_nH, at, weights_n, values_XN[:, at], call.gradient)
+                else:
+                    gradient_nV = _chunk(hidden_nH, at, call, values_XN[:, at])
                 if gradient_nV is None:
                     continue
+                if bias_grad_V is not None:
+                    bias_grad_V += gradient_nV.sum(0, dtype=torch.float32)
+                gradient_nV = gradient_nV.to(gradient_dtype(weight_VH))
                 if hidden_grad_NH is not None:
                     hidden_grad_NH[at] = times_weight(gradient_nV, weight_VH)
                 if weight_grad_VH is not None:
-                    weight_grad_VH.addmm_(gradient_nV.T, hidden_NH[at].detach().float())
-                if bias_grad_V is not None:
-                    bias_grad_V += gradient_nV.sum(0)
+                    _add_product(weight_grad_VH, gradient_nV, hidden_nH)
         ctx.gradients = (hidden_grad_NH, weight_grad_VH, bias_grad_V)
         ctx.dtypes = (weight_VH.dtype, None if bias_V is None else bias_V.dtype)
         ctx.mark_non_differentiable(values_XN)
@@ -163,6 +196,17 @@ class _LinearDistillation(torch.autograd.Function):
             weight_grad_VH = None if weight_grad_VH is None else weight_grad_VH.mul_(factor).to(ctx.dtypes[0])
             bias_grad_V = None if bias_grad_V is None else bias_grad_V.mul_(factor).to(ctx.dtypes[1])
         return hidden_grad_NH, weight_grad_VH, bias_grad_V, None
+
+
+def _add_product(sum_VH: Tensor, gradient_nV: Tensor, hidden_nH: Tensor) -> None:
+    """sum += gradient.T @ hidden; an fp32 sum of bf16 factors takes them a tile at a time."""
+    hidden_nH = hidden_nH.to(gradient_nV.dtype)
+    if sum_VH.dtype == gradient_nV.dtype:
+        sum_VH.addmm_(gradient_nV.T, hidden_nH)
+        return
+    hidden_nH = hidden_nH.to(sum_VH.dtype)
+    for start in range(0, len(sum_VH), TILE):
+        sum_VH[start : start + TILE].addmm_(gradient_nV[:, start : start + TILE].to(sum_VH.dtype).T, hidden_nH)
 
 
 def _chunk(hidden_nH: Tensor, at: slice, call: _Call, values_Xn: Tensor) -> Tensor | None:

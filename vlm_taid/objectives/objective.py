@@ -77,6 +77,10 @@ class Objective(ABC):
             )
         return OBJECTIVES[name](**options)
 
+    def target_in_logits(self, t: float | None) -> float | None:
+        """How far the target's logits are from the student's to the teacher's, where the loss is a KL to them."""
+        return None
+
     @abstractmethod
     def fused(self, student_NB: Tensor, teacher_NB: Tensor, inputs: Inputs) -> Fused:
         """Values and gradient over fp32 logits; the teacher's buffer may be overwritten, the student's not."""
@@ -106,6 +110,9 @@ class FKL(Objective):
     """Forward KL, KL(p || q)."""
 
     name: ClassVar[str] = "fkl"
+
+    def target_in_logits(self, t: float | None) -> float | None:
+        return 1.0
 
     def fused(self, student_NB: Tensor, teacher_NB: Tensor, inputs: Inputs) -> Fused:
         return _kl_to_logits(student_NB, teacher_NB)
@@ -292,6 +299,9 @@ class TAID(Objective):
         for option, known in (("interpolation", ("logits", "probabilities")), ("divergence", ("kl", "rkl", "js"))):
             if getattr(self, option) not in known:
                 raise ValueError(f"{option} must be one of {', '.join(known)}, not {getattr(self, option)!r}")
+
+    def target_in_logits(self, t: float | None) -> float | None:
+        return t if self.divergence == "kl" and self.interpolation == "logits" else None
 
     def fused(self, student_NB: Tensor, teacher_NB: Tensor, inputs: Inputs) -> Fused:
         if inputs.t is None:

@@ -1,0 +1,186 @@
+"""The loss core against its rivals: forward and backward from hidden states, the head's gradient included.
+
+Each contender runs in a process of its own, so that its peak memory is its own. A line of JSON is added to --output:
+
+    python benchmarks/loss_core.py run --case qwen --share 0.25 --output benchmarks/loss_core.jsonl
+    python benchmarks/loss_core.py precision --output benchmarks/loss_core_precision.jsonl
+
+Rivals: pip install "vlm-taid[bench]". They are not needed for anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# B, T, vocabulary, student width, teacher width
+CASES = {
+    "qwen": (2, 1024, 151936, 1536, 3584),
+    "smollm": (2, 1024, 49152, 576, 2048),
+    "internvl": (2, 1024, 92553, 2048, 4096),
+}
+INTERPOLATION = 0.4
+
+
+def authors(hidden_s: Tensor, weight_s: Tensor, hidden_t: Tensor, weight_t: Tensor, mask: Tensor) -> Tensor:
+    """The formula of the authors' script: whole logits in the models' precision, then softmax in fp32."""
+    logits = hidden_s @ weight_s.T
+    with torch.no_grad():
+        target = torch.lerp(logits.detach(), hidden_t @ weight_t.T, INTERPOLATION).softmax(-1, dtype=torch.float32)
+    log_q = F.log_softmax(logits, -1, dtype=torch.float32)
+    per_token = -(target * log_q).sum(-1)
+    return (per_token * mask).sum() / mask.sum()
+
+
+def trl(hidden_s: Tensor, weight_s: Tensor, hidden_t: Tensor, weight_t: Tensor, mask: Tensor) -> Tensor:
+    """TRL as its trainer calls it off a GPU: all positions, masked afterwards. Forward KL."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    per_token, _ = ChunkedDivergenceFunction.apply(hidden_s, weight_s, None, hidden_t, weight_t, None, 0.0, 1.0)
+    return per_token.masked_fill(~mask, 0.0).sum() / mask.sum()
+
+
+def trl_rows(hidden_s: Tensor, weight_s: Tensor, hidden_t: Tensor, weight_t: Tensor, mask: Tensor) -> Tensor:
+    """TRL, given the supervised rows alone, as its trainer does on a GPU."""
+    rows = torch.ones(int(mask.sum()), dtype=torch.bool)
+    return trl(hidden_s[mask], weight_s, hidden_t[mask], weight_t, rows)
+
+
+def liger(hidden_s: Tensor, weight_s: Tensor, hidden_t: Tensor, weight_t: Tensor, mask: Tensor) -> Tensor:
+    """Liger's fused linear JSD, forward KL (beta 0), all rows, without torch.compile."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False)
+    labels = torch.where(mask, 0, -100)
+    return loss(hidden_s, weight_s, hidden_t, weight_t, labels)
+
+
+def ours(hidden_s: Tensor, weight_s: Tensor, hidden_t: Tensor, weight_t: Tensor, mask: Tensor) -> Tensor:
+    """linear_distillation on the supervised rows: TAID."""
+    return _ours(hidden_s, weight_s, hidden_t, weight_t, mask, "taid")
+
+
+def ours_fkl(hidden_s: Tensor, weight_s: Tensor, hidden_t: Tensor, weight_t: Tensor, mask: Tensor) -> Tensor:
+    """The same with the rivals' objective, for the comparison of gradients."""
+    return _ours(hidden_s, weight_s, hidden_t, weight_t, mask, "fkl")
+
+
+def _ours(hidden_s: Tensor, weight_s: Tensor, hidden_t: Tensor, weight_t: Tensor, mask: Tensor, name: str) -> Tensor:
+    from vlm_taid.objectives import Head, HiddenSignal, Objective, linear_distillation
+
+    target = HiddenSignal(hidden_t[mask], Head(weight_t))
+    objective = Objective.named(name)
+    return linear_distillation(hidden_s[mask], Head(weight_s), target, objective, t=INTERPOLATION).loss_N.sum()
+
+
+CONTENDERS = {f.__name__: f for f in (authors, trl, trl_rows, liger, ours, ours_fkl)}
+
+
+def measure(contender: str, case: str, share: float, length: int | None, threads: int) -> dict[str, float | str]:
+    """Seconds, and GiB at the peak beyond inputs, of one forward and backward in this process."""
+    torch.set_num_threads(threads)
+    B, T, V, H, G = CASES[case]
+    T = length or T
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, scale: float) -> Tensor:
+        return torch.empty(*shape, dtype=torch.bfloat16).normal_(generator=generator).mul_(scale)
+
+    hidden_s, hidden_t = normal(B * T, H, scale=1.0), normal(B * T, G, scale=1.0)
+    weight_s, weight_t = normal(V, H, scale=H**-0.5), normal(V, G, scale=G**-0.5)
+    answers = round(share * B * (1024 if length else T))  # of another length, as many as at 1024
+    mask = torch.zeros(B * T, dtype=torch.bool)
+    mask[torch.randperm(B * T, generator=generator)[:answers]] = True
+    function = CONTENDERS[contender]
+    few = torch.ones(8, dtype=torch.bool)
+    function(hidden_s[:8].clone().requires_grad_(), weight_s[:64], hidden_t[:8], weight_t[:64], few).backward()
+    hidden_s, weight_s = hidden_s.requires_grad_(), weight_s.requires_grad_()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before, began = _memory("VmRSS"), time.perf_counter()
+    function(hidden_s, weight_s, hidden_t, weight_t, mask).backward()
+    seconds = time.perf_counter() - began
+    assert hidden_s.grad is not None and weight_s.grad is not None
+    return {
+        "contender": contender, "case": case, "share": share, "length": T, "answers": answers,
+        "seconds": round(seconds, 2), "GiB": round(_memory("VmHWM") - before, 3), "threads": threads,
+    }  # fmt: skip
+
+
+def _memory(key: str) -> float:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) / 2**20
+
+
+def precision(logits: str, folder: str | None) -> list[dict[str, float | str]]:
+    """Relative error of each contender's gradients against fp64 autograd, weights and hidden states in bf16.
+
+    logits: ``normal``: N(0, 1) logits over V = 151936; ``real``: a teacher and its pruned student on real text, whose
+    inputs ``hidden_s, weight_s, hidden_t, weight_t`` are in ``folder/precision.pt``.
+    """
+    if logits == "normal":
+        generator = torch.Generator().manual_seed(0)
+        n, V, H, G = 32, 151936, 64, 64  # narrow, so that the fp64 reference fits
+        hidden_s, hidden_t = (torch.randn(n, width, generator=generator) for width in (H, G))
+        weight_s, weight_t = (torch.randn(V, width, generator=generator) * width**-0.5 for width in (H, G))
+        inputs = [x.bfloat16() for x in (hidden_s, weight_s, hidden_t, weight_t)]
+    else:
+        saved = torch.load(Path(str(folder)) / "precision.pt", weights_only=True)
+        inputs = [saved[key].bfloat16() for key in ("hidden_s", "weight_s", "hidden_t", "weight_t")]
+    mask = torch.ones(len(inputs[0]), dtype=torch.bool)
+    exact_h, exact_w = inputs[0].double().requires_grad_(), inputs[1].double().requires_grad_()
+    p = (inputs[2].double() @ inputs[3].double().T).softmax(-1)
+    (-(p * (exact_h @ exact_w.T).log_softmax(-1)).sum() / len(mask)).backward()
+    found = []
+    for contender in ("trl", "liger", "ours_fkl"):
+        hidden, weight = inputs[0].clone().requires_grad_(), inputs[1].clone().requires_grad_()
+        loss = CONTENDERS[contender](hidden, weight, inputs[2], inputs[3], mask)
+        (loss / len(mask) if contender == "ours_fkl" else loss).backward()
+        errors = {}
+        for name, gradient, exact in (("hidden", hidden.grad, exact_h.grad), ("head", weight.grad, exact_w.grad)):
+            assert gradient is not None and exact is not None
+            gradient = gradient.double()
+            gradient *= (gradient * exact).sum() / (gradient * gradient).sum()  # whatever the mean that it takes
+            errors[f"{name} gradient's error, %"] = round(float(100 * (gradient - exact).norm() / exact.norm()), 3)
+        found.append({"contender": contender, "logits": logits, "rows": len(mask), **errors})
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["run", "one", "precision"])
+    parser.add_argument("--case", choices=CASES, default="qwen")
+    parser.add_argument("--share", type=float, default=0.25, help="share of the positions that are supervised")
+    parser.add_argument("--length", type=int, help="positions a row, at a fixed number of answer tokens")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS)[:-1])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--logits", choices=["normal", "real"], default="normal")
+    parser.add_argument("--folder", help="of precision.pt, for --logits real")
+    parser.add_argument("--output", type=Path, default=Path("/dev/stdout"))
+    options = parser.parse_args()
+    if options.what == "one":
+        lines = [measure(options.contenders[0], options.case, options.share, options.length, options.threads)]
+    elif options.what == "precision":
+        lines = precision(options.logits, options.folder)
+    else:
+        lines = []
+        for contender in options.contenders:
+            arguments = ["--case", options.case, "--share", str(options.share), "--threads", str(options.threads)]
+            arguments += ["--length", str(options.length)] if options.length else []
+            command = [sys.executable, __file__, "one", "--contenders", contender, *arguments]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            lines.append(json.loads(done.stdout.splitlines()[-1]))
+            print(lines[-1], file=sys.stderr, flush=True)
+    with options.output.open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+if __name__ == "__main__":
+    main()
