@@ -54,7 +54,8 @@ ALLOWED = {
     },
     "report": {"data", "evaluation"},
     "inspection": {"data", "objectives", "pairing", "pretrained", "recipe", "streams", "teachers"},
-    "cli": {"caching", "distillation", "evaluation", "inspection", "parsing", "recipe", "report"},
+    "assembly": {"pretrained", "students"},
+    "cli": {"assembly", "caching", "distillation", "evaluation", "inspection", "parsing", "recipe", "report"},
     "__main__": {"cli"},
     "__init__": {"distillation", "evaluation", "recipe"},
 }

@@ -4,19 +4,28 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
+    AutoTokenizer,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     set_seed,
 )
 
+from tests import families
+from vlm_taid.cli import main
 from vlm_taid.errors import InputError
 from vlm_taid.students import IMAGE, TURN_END, TURN_START, assemble, inherit, train_tokenizer
 
@@ -132,7 +141,8 @@ def test_a_seed_fixes_the_weights_and_the_tower_keeps_its_own_start(tokenizer):
 @pytest.mark.parametrize(
     ("tower", "image_size", "message"),
     [
-        ("vit_tiny_patch16_224", 224, "not \\[B, C, H, W\\]"),
+        ("swin_tiny_patch4_window7_224", 224, "neither"),
+        ("vit_small_patch16_dinov3", 64, "5 tokens before its patches"),
         ("resnet10t", 80, "no multiple of the stride"),
         ("resnet_of_nobody", 64, "'resnet_of_nobody'"),
     ],
@@ -196,3 +206,63 @@ def test_shipped_teacher_fits_its_place():
     assert sum(sizes) < 12e6 and max(sizes) < 10e6
     teacher = AutoModelForImageTextToText.from_pretrained(folder)
     assert teacher.dtype == torch.bfloat16 and teacher.num_parameters() == 5_693_304
+
+
+PARTS = {"resnet10t": "FastVlmForConditionalGeneration", "vit_tiny_patch16_224": "PerceptionLMForConditionalGeneration"}
+
+
+@pytest.mark.parametrize("tower", PARTS)
+def test_parts_with_their_weights_become_one_model(tower, tmp_path, capsys):
+    """The text-only decoder keeps its logits, the tower its weights; a picture is seen and has its mark."""
+    language = families.llama(tmp_path / "language")
+    pretrained = timm.create_model(tower, num_classes=0)
+    save_file(pretrained.state_dict(), tmp_path / "tower.safetensors")
+    output = tmp_path / "vlm"
+    arguments = ["--vision", f"timm/{tower}", "--language", language, "--output", str(output)]
+    arguments += ["--vision_weights", str(tmp_path / "tower.safetensors"), "--image_size", "64"]
+    arguments += ["--pooling", "2"] if tower.startswith("vit") else []
+    assert main(["assemble", *arguments]) == 0
+    model: Any = AutoModelForImageTextToText.from_pretrained(output)
+    processor = AutoProcessor.from_pretrained(output)
+    assert type(model).__name__ == PARTS[tower]
+    loaded = model.model.vision_tower.timm_model.state_dict()
+    same = {name for name, value in pretrained.state_dict().items() if torch.equal(loaded[name], value)}
+    assert {name for name in loaded if name not in same} <= {"pos_embed"}  # another number of patches
+    decoder = AutoModelForCausalLM.from_pretrained(language)
+    ids = torch.arange(12)[None]
+    rows = decoder.get_input_embeddings().weight.shape[0]
+    assert torch.allclose(model(input_ids=ids).logits[..., :rows], decoder(input_ids=ids).logits, atol=1e-5)
+    rendered = processor.apply_chat_template(conversation(2), tokenize=False)
+    assert rendered.count(IMAGE) == 2
+    inputs = processor(text=[rendered], images=[picture((50, 70)), picture((64, 64))], return_tensors="pt")
+    assert int((inputs["input_ids"] == processor.image_token_id).sum()) == 2 * 4
+    before = model(**inputs).logits
+    inputs["pixel_values"] = inputs["pixel_values"].flip(-1)
+    assert not torch.allclose(before, model(**inputs).logits)
+    assert main(["assemble", *arguments]) == 2 and "is not empty" in capsys.readouterr().err
+
+
+def test_parts_that_do_not_fit_are_named(tmp_path, capsys):
+    language = families.llama(tmp_path / "language")
+    granite = tmp_path / "granite"
+    config = GraniteConfig(
+        vocab_size=400,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        logits_scaling=8.0,
+    )
+    GraniteForCausalLM(config).save_pretrained(granite)
+    AutoTokenizer.from_pretrained(language).save_pretrained(granite)
+    for vision, model, weights, message in (
+        ("timm/resnet_of_nobody", language, "fresh", "timm/NAME"),
+        ("resnet10t", language, "fresh", "timm/NAME"),
+        ("timm/resnet10t", language, str(tmp_path / "none.safetensors"), "none.safetensors: expected"),
+        ("timm/resnet10t", str(tmp_path / "nothing"), "fresh", "no such model folder"),
+        ("timm/resnet10t", str(granite), "fresh", "scales or caps"),
+    ):
+        arguments = ["--vision", vision, "--language", model, "--vision_weights", weights, "--image_size", "64"]
+        assert main(["assemble", *arguments, "--output", str(tmp_path / "output")]) == 2
+        assert message in capsys.readouterr().err

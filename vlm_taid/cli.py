@@ -16,6 +16,7 @@ USAGE = """vlm-taid COMMAND ...
   inspect   --config RECIPE.yaml [--html FILE] [--models]     both token streams side by side, before a run
   eval run  --model PATH --data NAME=FILE ...                 score a model on VQA files
   eval score --predictions FILE --metric NAME                 score saved answers anew, without the model
+  assemble  --vision timm/NAME --language PATH --output DIR   a new vision-language model from parts
   report    RUN [RUN ...] --output report.html                curves, results and sample answers as one page
 
 vlm-taid COMMAND --help tells the rest."""
@@ -71,6 +72,15 @@ def evaluate(arguments: list[str]) -> None:
     commands[name](**vars(parser.parse([f"--{a[2:]}" if a[:2] == "__" else a for a in dashed[1:]])[1]))
 
 
+def assemble(arguments: list[str]) -> None:
+    from .assembly import assemble_pretrained
+    from .parsing import Parser
+
+    parser = Parser(prog="vlm-taid assemble", description="Make a vision-language model from a tower and a decoder.")
+    parser.add_function_arguments(assemble_pretrained, as_positional=False)
+    print(f"assembled: {assemble_pretrained(**vars(parser.parse(arguments)[1]))}")
+
+
 def report(arguments: list[str]) -> None:
     from .parsing import Parser
     from .report import report
@@ -86,6 +96,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "distill": distill,
     "cache": cache,
     "inspect": inspect,
+    "assemble": assemble,
     "eval": evaluate,
     "report": report,
 }
