@@ -37,6 +37,7 @@ ALLOWED = {
     "pairing": {"pretrained", "recipe", "streams", "teachers"},
     "caching": {"data", "objectives", "pairing", "recipe", "streams", "teachers"},
     "model_card": {"recipe"},
+    "planning": {"objectives", "pretrained", "recipe"},
     "distillation": {
         "caching",
         "pairing",
@@ -55,7 +56,17 @@ ALLOWED = {
     "report": {"data", "evaluation"},
     "inspection": {"data", "objectives", "pairing", "pretrained", "recipe", "streams", "teachers"},
     "assembly": {"pretrained", "students"},
-    "cli": {"assembly", "caching", "distillation", "evaluation", "inspection", "parsing", "recipe", "report"},
+    "cli": {
+        "assembly",
+        "caching",
+        "distillation",
+        "evaluation",
+        "inspection",
+        "parsing",
+        "planning",
+        "recipe",
+        "report",
+    },
     "__main__": {"cli"},
     "__init__": {"distillation", "evaluation", "recipe"},
 }

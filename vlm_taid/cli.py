@@ -14,6 +14,7 @@ USAGE = """vlm-taid COMMAND ...
   distill   --config RECIPE.yaml [--section.key VALUE ...]    train a student; --help lists every key
   cache     --config RECIPE.yaml --output DIR                 the teacher's distributions to disk, for teacher.cache
   inspect   --config RECIPE.yaml [--html FILE] [--models]     both token streams side by side, before a run
+  plan      --config RECIPE.yaml --gpus N                     will it fit, and how long is a step; no weights needed
   eval run  --model PATH --data NAME=FILE ...                 score a model on VQA files
   eval score --predictions FILE --metric NAME                 score saved answers anew, without the model
   assemble  --vision timm/NAME --language PATH --output DIR   a new vision-language model from parts
@@ -53,6 +54,30 @@ def inspect(arguments: list[str]) -> int:
     options, rest = parser.parse_known_args(arguments)
     rows = inspect(Recipe.parse(rest), options.rows, options.html, options.models)
     return int(any(row.refused is not None for row in rows))
+
+
+def plan(arguments: list[str]) -> None:
+    from .parsing import with_recipe
+    from .planning import Machine, plan
+    from .recipe import Recipe
+
+    parser = with_recipe(
+        "plan", "Tell whether a recipe fits and how long a step takes, from the models' configs alone."
+    )
+    parser.add_argument("--gpus", type=int, required=True, help="GPUs in all")
+    for name, value, sentence in (
+        ("gpu_memory", 80.0, "GB of one GPU"),
+        ("reserve", 4.0, "GB of each GPU that are kept free"),
+        ("gpu_tflops", 989.0, "peak TFLOP/s of one GPU (989: an H100 in bf16)"),
+        ("utilisation", 0.4, "the share of that peak which a run reaches"),
+        ("bandwidth", 50.0, "GB/s into one GPU from the others"),
+    ):
+        parser.add_argument(f"--{name}", type=float, default=value, help=f"{sentence} (default: {value:g})")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a row, images included (default: 2048)")
+    parser.add_argument("--answer_share", type=float, default=1.0, help="supervised share of a row (default: 1)")
+    given, rest = parser.parse_known_args(arguments)
+    machine = Machine(given.gpus, given.gpu_memory, given.reserve, given.gpu_tflops, given.utilisation, given.bandwidth)
+    print(plan(Recipe.parse(rest), machine, given.length, given.answer_share))
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -97,6 +122,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "cache": cache,
     "inspect": inspect,
     "assemble": assemble,
+    "plan": plan,
     "eval": evaluate,
     "report": report,
 }
