@@ -40,6 +40,10 @@ def blind_copies(family: str):
                 zeroed += 1
             elif "o_proj.weight" in name:
                 parameter.mul_(3e-4)
+            elif family == "gemma3" and "post_attention_layernorm" in name:
+                parameter.fill_(
+                    3e-4 - 1
+                )  # a norm of attention's output, which undoes a scale; its factor is 1 + weight
     assert zeroed
     weights, own = student.state_dict(), teacher.state_dict()
     assert own.keys() == weights.keys()
