@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from tests import families
 from vlm_taid.data.sources import SourceOptions
 from vlm_taid.errors import InputError
 from vlm_taid.evaluation import Results, Task, evaluate, load, run_command
-from vlm_taid.evaluation.readers import other_rows
+from vlm_taid.evaluation.readers import PromptBatches, Rows, other_rows
+from vlm_taid.pretrained import load_processor
 
 
 @pytest.fixture(autouse=True)
@@ -149,6 +151,20 @@ def test_bad_rows_stop_the_run_and_are_named(vlm, questions, row, message, worke
 def test_pictures_for_a_text_only_model(language_model, questions):
     with pytest.raises(InputError, match="reads text only"):
         run(language_model, questions)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_vl", "mistral3"])
+def test_prompts_begin_as_the_processors_own(family, questions):
+    """LLaVA's templates leave the begin of text to the processor."""
+    processor = load_processor(families.made(family))
+    rows = Rows(task(questions).source)
+    (row,), inputs = next(iter(PromptBatches(task(questions), rows, [0], processor, 1)))
+    messages = rows[0].messages(structured=True)
+    for part in (part for turn in messages for part in turn["content"] if part["type"] == "image"):
+        part["image"] = rows[0].images[0]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    own = processor.apply_chat_template([messages], add_generation_prompt=True, **options)
+    assert row.doc_id == 0 and inputs["input_ids"].tolist() == own["input_ids"].tolist()
 
 
 def test_the_model_is_given_back_as_it_was(vlm, questions):

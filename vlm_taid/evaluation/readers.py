@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from vlm_taid.data.conversation import Conversation
 from vlm_taid.data.sources import ConversationDataset, SourceOptions
+from vlm_taid.data.templates import left_out_begin
 from vlm_taid.errors import BadRow, InputError
 from vlm_taid.evaluation.metrics import metric, reference_texts
 
@@ -194,6 +195,8 @@ class PromptBatches(IterableDataset):
         conversations = [self.rows[doc_id] for doc_id in doc_ids]
         messages = [conversation.messages(structured=self.multimodal) for conversation in conversations]
         prompts = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        begin = left_out_begin(self.processor)
+        prompts = [prompt if prompt.startswith(begin) else begin + prompt for prompt in prompts]
         read = [self._row(*item) for item in zip(doc_ids, conversations, prompts, strict=True)]
         read.sort(key=lambda row: -len(row.prompt))
         for rows in ([row for row in read if row.images], [row for row in read if not row.images]):
@@ -226,7 +229,7 @@ class PromptBatches(IterableDataset):
         )
 
     def _inputs(self, batch: Sequence[Row]) -> Any:
-        # The template has already written the special tokens, the beginning-of-text one too.
+        # the prompt has its special tokens, the begin of text too
         process = partial(
             self.processor, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
         )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..data import Conversation, Part, Turn
+from ..data.templates import begin_of_text, left_out_begin
 from ..errors import BadRow, InputError
 from .processors import TEMPLATES
 
@@ -41,11 +42,7 @@ class Renderer:
         # a processor's template reads content as parts, a tokenizer's as one string
         self.source = processor if getattr(processor, "chat_template", None) else self.tokenizer
         self.template: str | None = self.source.chat_template
-        first = self.tokenizer("a").input_ids[:1]
-        self.bos = self.tokenizer.bos_token if first == [self.tokenizer.bos_token_id] else ""
-        # the begin of text that a template leaves out is written by a processor's apply_chat_template, and by no
-        # tokenizer's: a row begins as the model's prompts do
-        self.begin = "" if self.source is self.tokenizer else self.bos
+        self.bos, self.begin = begin_of_text(self.tokenizer), left_out_begin(processor)
         if self.template is None and type(processor).__name__ in TEMPLATES:
             self.source, self.template = processor, TEMPLATES[type(processor).__name__]
         self.structured = self.source is not self.tokenizer or getattr(processor, "image_processor", None) is not None
