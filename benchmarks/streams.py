@@ -43,7 +43,7 @@ from vlm_taid.streams import PairedCollator, SharedVocabulary, StreamEncoder
 from vlm_taid.students import train_tokenizer
 
 torch.set_num_threads(1)
-ROWS, SIDE, BATCH, TURNS = 512, 448, 8, 2
+ROWS, SIDE, BATCH, TURNS = 512, 448, 8, 5
 
 
 def real_rows(path: Path) -> list[Conversation]:
