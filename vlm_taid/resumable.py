@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from .checkpoints import PARTIAL, publish
 STATE = "DistillationState"  # the trainer's own place in TrainerState.stateful_callbacks
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(Trainer, ABC):
     """Writes whole checkpoints, stops on SIGTERM, and keeps every log line in ``metrics.jsonl``.
 
     A subclass says what its own state is (plain numbers and strings: they go into ``trainer_state.json``) and sets
@@ -32,13 +33,13 @@ class ResumableTrainer(Trainer):
         self._saving = False
         self.add_callback(_EndOfStep(self))
 
+    @abstractmethod
     def own_state(self) -> dict[str, Any]:
         """What a resumed run needs to go on bit for bit, equal on all ranks; every rank must call."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Takes what ``own_state`` gave."""
-        raise NotImplementedError
 
     def save_rank_state(self, checkpoint: Path) -> None:
         """Writes what this rank alone has into a checkpoint's folder; every rank is called."""

@@ -159,7 +159,7 @@ def test_other_bad_values(tmp_path):
     refused(zero[:16] + b"\0\0\0\0" + zero[20:], tmp_path)
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files in /proc")
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are counted in /proc, which only Linux has")
 def test_no_file_stays_open(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes((tmp_path / "good.png").read_bytes()[:40])

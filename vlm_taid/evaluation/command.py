@@ -77,7 +77,8 @@ def run_command(
         model: Model folder or hub name.
         data: Files of questions, as NAME=FILE, several with commas between; columns image, question, answer or answers.
         tasks: Which of these names to run; all if not given.
-        metric: How answers are scored: exact_match, vqa_accuracy, textvqa_accuracy or gqa_exact_match.
+        metric: How answers are scored: exact_match, vqa_accuracy, textvqa_accuracy, gqa_exact_match, anls,
+            relaxed_accuracy, relaxed_accuracy_lm_eval or ocrbench.
         processor: Where the processor lies, if not with the model.
         batch_size: Rows in a batch, for each process.
         device: Torch device, or auto for the GPU if there is one.
