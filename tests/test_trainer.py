@@ -66,6 +66,8 @@ def test_log_has_what_a_taid_run_shows(run):
     assert len(lines) == 4 and all(keys <= line.keys() for line in lines)
     schedule = TAIDSchedule(t_start=0.2, alpha=0.05, beta=0.9)
     assert [line["t_closed_form"] for line in lines] == [schedule.closed_form(step, 4) for step in range(4)]
+    peaks = [line["peak_memory_gib"] for line in lines]
+    assert peaks == sorted(peaks) and 0.2 < peaks[0] <= peaks[-1] < 64  # torch alone takes some 0.3 GiB
     assert lines[0]["t"] == 0.2 and lines[3]["t"] > lines[1]["t"] > 0.2
 
 

@@ -42,7 +42,7 @@ from .streams import PairedBatch, PairedCollator
 from .teachers import CachedTeacher, LiveTeacher, SeveralTeachers
 from .teachers.live import hidden_at
 from .trainable import without_adapters
-from .training_log import RestWatch, Window, schedule_values
+from .training_log import RestWatch, Window, peak_memory, schedule_values
 
 
 @dataclass
@@ -238,7 +238,7 @@ class DistillationTrainer(ResumableTrainer):
             self.temperature.update(slope / self._step_tokens, self.state.global_step - 1, self.state.max_steps)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds t, KL, pairing and throughput to the training logs."""
+        """Adds t, KL, pairing, throughput and the largest rank's peak memory to the training logs."""
         if "loss" in logs:
             logs |= self._window.means(
                 teacher=self.teacher is not None,
@@ -246,6 +246,8 @@ class DistillationTrainer(ResumableTrainer):
                 rest=self.rest is not None,
                 rollout=self.rollout is not None,
             )
+            peak = torch.tensor([peak_memory(self.args.device)], dtype=torch.float64, device=self.args.device)
+            logs["peak_memory_gib"] = cast(torch.Tensor, self.accelerator.gather(peak)).max().item()
             self._window = Window()
             if self.schedule is not None:
                 logs |= schedule_values(self.schedule, self.state.global_step - 1, self.state.max_steps)

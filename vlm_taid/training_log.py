@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from dataclasses import dataclass, field
+
+import torch
 
 from .errors import InputError
 from .objectives import TAIDSchedule
@@ -93,6 +97,19 @@ class RestWatch:
             return None
         self.warned = True
         return f"warning: {said}; vlm-taid inspect shows which"
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory that this process has held so far, in GiB.
+
+    Args:
+        device: on an accelerator, what torch's allocator gave out there at most; on a CPU the process's resident
+            memory at its peak, without that of its DataLoader workers.
+    """
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # macOS counts bytes, Linux KiB
 
 
 def schedule_values(schedule: TAIDSchedule, step: int, num_steps: int) -> dict[str, float]:
