@@ -1,6 +1,7 @@
 """A model that was fitted to coloured squares answers every question about them through the command."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -27,11 +28,10 @@ def test_every_answer_is_right_and_needs_the_picture(fitted, tmp_path, capfd):
 
 def test_scores_can_fail(fitted, tmp_path):
     model, data = fitted
-    rows = [json.loads(line) for line in open(data)]
+    rows = [json.loads(line) for line in Path(data).read_text().splitlines()]
     rows[3]["answer"] = "purple"
     other = data.replace("squares.jsonl", "one_is_wrong.jsonl")
-    with open(other, "w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    Path(other).write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = ["eval", "run", "--model", model, "--data", f"squares={other}", "--metric", "exact_match"]
     assert main([*command, "--num_workers", "0", "--output_path", str(tmp_path)]) == 0
     assert Results.load(tmp_path).score("squares").value == pytest.approx(11 / 12)
