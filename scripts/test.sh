@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes or reuses the virtual environment, installs the dev extra, then lints, type-checks and tests.
+# Makes or reuses the virtual environment, installs the dev extra, then lints, type-checks, builds the docs and tests.
 # Arguments go to pytest: bash scripts/test.sh tests/objectives -k taid
 set -euo pipefail
 source "$(dirname "$0")/venv.sh"
@@ -8,4 +8,5 @@ export HF_HUB_OFFLINE=1
 ruff format --check .
 ruff check .
 pyright --pythonpath "$VENV/bin/python"
+NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 pytest -n 2 --dist loadfile "$@"

@@ -22,7 +22,8 @@ class Alignment:
     """Paired predicting positions: the hidden state at position i is supervised with token i + 1.
 
     Args:
-        student_positions_N, teacher_positions_N: indices in each stream.
+        student_positions_N: indices in the student's stream.
+        teacher_positions_N: indices in the teacher's.
         target_ids_N: the student's ids of the next tokens.
         content_share: paired content tokens of the student, as a share of its content tokens.
         first_unpaired: answers whose first token did not pair.
@@ -48,7 +49,8 @@ def align(
     """Pairs two streams of one conversation.
 
     Args:
-        student, teacher: its streams.
+        student: its stream for the student.
+        teacher: its stream for the teacher.
         vocabulary: the models' shared vocabulary.
         pair: ``boundaries``: wherever both have a token beginning at the same byte, so that both predict the same
             text; ``identical_tokens``: only where that next token is also the same in both.

@@ -74,7 +74,8 @@ class PairedCollator:
     added: every rank must enter the same modules. A batch with no row left holds the filler alone.
 
     Args:
-        student, teacher: the encoders; the same object when one encoding serves both; teacher None for ``sft``.
+        student: the student's encoder.
+        teacher: the teacher's; the same object when one encoding serves both, None for ``sft``.
         vocabulary: their shared vocabulary; None when there is no second stream.
         options: DataOptions; ``on_bad_row`` and ``min_paired_share`` are used.
         stored: called with the rows of a batch, in the worker; gives tensors that come with it, a stored teacher's.

@@ -32,12 +32,14 @@ class SharedVocabulary:
     unshared text; nor is there one where only one side has unshared text.
 
     Args:
-        student_tokenizer, teacher_tokenizer: tokenizers, processors, or the StreamEncoders of the two models; their
-            chat templates tell the end-of-turn tokens.
+        student_tokenizer: a tokenizer, a processor or a StreamEncoder; its chat template tells the end-of-turn token.
+        teacher_tokenizer: the same of the teacher.
 
     Attributes:
-        student_columns_C, teacher_columns_C: ids of the shared tokens in each model.
-        student_rest_R, teacher_rest_R: ids of each model's unshared text tokens; None without a rest bucket.
+        student_columns_C: the student's ids of the shared tokens.
+        teacher_columns_C: the teacher's ids of the same tokens, in the same order.
+        student_rest_R: ids of the student's unshared text tokens; None without a rest bucket.
+        teacher_rest_R: ids of the teacher's.
         to_teacher: student's id -> teacher's id.
         end_of_turn: the pair of end-of-turn ids.
 
