@@ -1,8 +1,8 @@
 """plan: will a recipe fit, and how long does a step take, before anything is downloaded but a config.
 
 Models are built as fake tensors, which have shapes and no memory. A forward of a row through the decoder tells its
-operations, a forward and backward the bytes of its activations and work space, whatever the family; the rest is
-arithmetic over ranks and stages.
+operations and the bytes that it keeps for its backward, whatever the family; the rest is arithmetic over ranks and
+stages.
 
 Legend of names: bytes are per rank unless said otherwise; a row has ``length`` tokens, image tokens included.
 """
@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -65,7 +64,7 @@ class Footprint:
     vision: int
     """Parameters outside the decoder and the head: towers and projectors."""
     activations: tuple[float, float] = (0.0, 0.0)
-    """Bytes of one row's activations and work space at the fullest moment, without and with gradient checkpointing."""
+    """Bytes that one row's forward keeps for its backward, without and with gradient checkpointing."""
 
 
 def footprint(options: ModelOptions, length: int, dtype: torch.dtype, *, trained: bool = True) -> Footprint:
@@ -87,7 +86,7 @@ def footprint(options: ModelOptions, length: int, dtype: torch.dtype, *, trained
         raise InputError(f"{options.path}: its config cannot be read: {str(error).splitlines()[0]}") from error
     is_vlm = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     auto: Any = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
-    activations = []
+    activations = (0.0, 0.0)
     try:
         with FakeTensorMode():
             model = auto.from_config(config, dtype=dtype, trust_remote_code=options.trust_remote_code).train()
@@ -95,10 +94,8 @@ def footprint(options: ModelOptions, length: int, dtype: torch.dtype, *, trained
             counted = FlopCounterMode(display=False)
             with counted, torch.no_grad():
                 hidden_BTH = decoder(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False)[0]
-            for checkpointing in (False, True) if trained else ():
-                if checkpointing:
-                    model.gradient_checkpointing_enable({"use_reentrant": False})
-                activations.append(_activations(decoder, length))
+            if trained:
+                activations = _activations(decoder, length)
     except RuntimeError as error:
         raise InputError(
             f"{options.path}: it cannot be run without weights, so no plan can be made: {error}"
@@ -107,25 +104,29 @@ def footprint(options: ModelOptions, length: int, dtype: torch.dtype, *, trained
     inside = {id(p): p.numel() for p in [*decoder.parameters(), *head.parameters()]}
     return Footprint(
         parameters, head.weight.shape[0], hidden_BTH.shape[-1], length, float(counted.get_total_flops()),
-        parameters - sum(inside.values()), (activations[0], activations[1]) if trained else (0.0, 0.0),
+        parameters - sum(inside.values()), activations,
     )  # fmt: skip
 
 
-def _activations(decoder: Any, length: int, rows: int = 32) -> float:
-    """Bytes a row of everything but weights and gradients, at the fullest moment of a forward and backward.
+def _activations(decoder: Any, length: int) -> tuple[float, float]:
+    """Bytes that one row's forward keeps for its backward, without and with gradient checkpointing.
 
-    Many rows, so that this moment is the activations' and not the one when all gradients are there.
+    Checkpointed, each layer keeps its input, and one layer at a time all that it needs.
     """
-    decoder.zero_grad(set_to_none=True)
-    tracker = MemTracker()
-    tracker.track_external(decoder)
-    with tracker:
-        hidden_BTH = decoder(input_ids=torch.zeros(rows, length, dtype=torch.long), use_cache=False)[0]
-        hidden_BTH.backward(torch.zeros_like(hidden_BTH))
-    found = [{str(key): value for key, value in one.items()} for one in tracker.get_tracker_snapshot("peak").values()]
-    own = sum(value for one in found for key, value in one.items() if key in ("Parameter", "Buffer", "Gradient"))
-    decoder.zero_grad(set_to_none=True)
-    return (sum(one["Total"] for one in found) - own) / rows
+    own = {parameter.untyped_storage()._cdata for parameter in decoder.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}  # holds them, so that no address comes twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden_BTH = decoder(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False)[0]
+    whole = float(sum(storage.nbytes() for storage in kept.values()))
+    layers = decoder.config.get_text_config().num_hidden_layers
+    return whole, layers * hidden_BTH.untyped_storage().nbytes() + whole / layers
 
 
 @dataclass(frozen=True)
@@ -158,10 +159,10 @@ class Setting:
 
 
 def memory(student: Footprint, teacher: float, setting: Setting, ranks: int, answer_share: float = 1.0) -> Memory:
-    """One rank's bytes at the fullest moment of a step; ``student`` is measured in bf16, fp32 counts double.
+    """One rank's bytes at the fullest moment of a step.
 
     Args:
-        student: its footprint at the row's length.
+        student: its footprint at the row's length, measured in the dtype that it is trained in.
         teacher: bytes of the teacher on this rank.
         setting: stage, offload, checkpointing, rows of a micro-batch.
         ranks: GPUs.
@@ -172,7 +173,7 @@ def memory(student: Footprint, teacher: float, setting: Setting, ranks: int, ans
     weights = (2.0 if half else 4.0) * (P / ranks + min(LIVE, P) if stage == 3 else P)
     gradients = (2.0 if half else 4.0) * P / (ranks if stage >= 2 else 1)
     optimizer = (12.0 if half else 8.0) * P / (ranks if stage >= 1 else 1) * (0 if setting.offload else 1)
-    activations = setting.rows * student.activations[setting.checkpointing] * (1.0 if setting.bf16 else 2.0)
+    activations = setting.rows * student.activations[setting.checkpointing]
     N = setting.rows * student.length * answer_share
     logits = min(MEMORY * 2**20, 4 * 4 * N * student.head_rows)
     hidden = 2 * 4 * N * student.width
