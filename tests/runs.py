@@ -32,6 +32,15 @@ def deepspeed_config(stage: int) -> dict[str, Any]:
     return {"zero_optimization": zero, "zero_allow_untested_optimizer": True} | dict.fromkeys(auto, "auto")
 
 
+FSDP2 = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": "FULL_STATE_DICT"}
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddp": ("torchrun", {}),
+    "fsdp2": ("torchrun", {"fsdp": "full_shard auto_wrap", "fsdp_config": FSDP2}),
+    **{f"zero{stage}": ("deepspeed", {"deepspeed": deepspeed_config(stage)}) for stage in (1, 2, 3)},
+}
+"""How a student is spread over ranks: the launcher, and what the recipe's ``training`` says."""
+
+
 def recipe_file(
     path: Path, student: str, teacher: str | None, data: str, *, name="taid", zero_stage=0, **training
 ) -> Path:

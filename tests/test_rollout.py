@@ -175,13 +175,62 @@ def test_options_that_cannot_work_are_refused(pair):
     assert build_trainer(recipe, recipe.arguments()).rollout is not None
 
 
-def test_two_ranks_under_zero_3_sample_as_one_process_does(pair):
-    """Greedy samples: generation gathers the sharded student, and training goes on with its hooks."""
+@pytest.mark.parametrize(
+    "setting",
+    ["zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "zero1", "zero2", "fsdp2"))],
+)
+def test_two_ranks_sample_as_one_process_does(pair, setting):
+    """Greedy samples: generation gathers a sharded student, and training goes on with its hooks."""
     options = {"probability": 0.6, "temperature": 0.0, "max_new_tokens": 4}
-    reference = runs.here(pair[0]("one", options, per_device_train_batch_size=4))
-    more = {"per_device_train_batch_size": 2, "deepspeed": runs.deepspeed_config(3), "zero_stage": 3}
-    run = runs.launched(pair[0]("zero3", options, **more), "deepspeed")
+    reference = runs.here(pair[0](f"one_{setting}", options, per_device_train_batch_size=4))
+    launcher, wrapper = runs.SETTINGS[setting]
+    more = wrapper | {"per_device_train_batch_size": 2, "zero_stage": 3 if setting == "zero3" else 0}
+    run = runs.launched(pair[0](setting, options, **more), launcher)
     keys = ("sampled_rows", "sample_fallbacks", "answer_tokens")
     assert runs.metrics(run, *keys) == runs.metrics(reference, *keys)
     assert sum(line[0] for line in runs.metrics(run, *keys)) > sum(line[1] for line in runs.metrics(run, *keys))
     assert runs.update_off(run, reference, pair[1]) < 1e-4
+
+
+@pytest.mark.slow
+def test_distillm_on_two_ranks_goes_on_as_if_it_had_not_stopped(pair):
+    options = {"policy": "distillm", "threshold": 0.6, "max_new_tokens": 4, "buffer_rows": 6}
+    more = {"max_steps": 12, "save_strategy": "steps", "save_steps": 6, "eval_strategy": "steps", "eval_steps": 2}
+    more |= {"per_device_train_batch_size": 1, "learning_rate": 40.0, "deepspeed": runs.deepspeed_config(2)}
+    recipe = pair[0]("distillm_two", options, **more)
+    run = runs.launched(recipe, "deepspeed")
+    reference = run.with_name("distillm_two_reference")
+    shutil.copytree(run, reference)
+    shutil.rmtree(run / "checkpoint-12")
+    (run / "complete.json").unlink()
+    assert {json.loads((run / "checkpoint-6" / f"replay_buffer_{rank}.json").read_text())[0][0] for rank in (0, 1)}
+    runs.launched(recipe, "deepspeed")
+    assert all(torch.equal(runs.weights(run)[key], value) for key, value in runs.weights(reference).items())
+    keys = ("step", "loss", "t", "sampled_rows", "sample_fallbacks", "rollout_threshold")
+    assert runs.metrics(run, *keys) == runs.metrics(reference, *keys) != []
+    for rank in (0, 1):
+        buffers = [(folder / "checkpoint-12" / f"replay_buffer_{rank}.json").read_text() for folder in (run, reference)]
+        assert buffers[0] == buffers[1] != "[]"
+
+
+@pytest.mark.parametrize("kind", ["text", "more image tokens", "another tokenizer"])
+def test_samples_are_paired_as_the_datas_answers_are(pair, kind, tmp_path):
+    """A text-only student; a teacher with its own processor; a teacher with its own tokenizer and vocabulary."""
+    make = families.llama if kind == "text" else families.llava
+    student = make(tmp_path / "student", seed=1, width=16)
+    model = load_model(ModelOptions(student))
+    model.get_output_embeddings().weight.data[4:260] *= 0.05
+    model.save_pretrained(student)
+    if kind == "text":
+        teacher = families.llama(tmp_path / "teacher")
+    elif kind == "more image tokens":
+        teacher = families.llava(tmp_path / "teacher", **families.MORE_IMAGE_TOKENS["llava"])
+    else:
+        teacher = families.made("gemma3")
+    data = families.vqa_rows(tmp_path / "data", rows=8, images=kind != "text")
+    path = runs.recipe_file(tmp_path / "r.yaml", student, teacher, data, **(FIXED | {"use_cpu": True}))
+    options = {"probability": 1.0, "max_new_tokens": 4}
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"rollout": options}))
+    lines = runs.metrics(runs.here(path), "sampled_rows", "sample_fallbacks", "answer_tokens", "loss")
+    assert len(lines) == 3 and sum(line[0] for line in lines) > sum(line[1] for line in lines)
+    assert all(line[2] > 0 and line[3] == line[3] for line in lines)

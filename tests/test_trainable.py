@@ -1,5 +1,7 @@
 """Frozen parts, LoRA adapters, and FSDP: what is trained, what is saved, and that ranks change nothing."""
 
+import shutil
+
 import pytest
 import torch
 import yaml
@@ -90,11 +92,16 @@ def test_wrong_parts_are_refused(pair):
             build_trainer(recipe, recipe.arguments())
 
 
-def test_lora_under_zero_3_equals_one_process(pair):
+@pytest.mark.parametrize(
+    "setting",
+    ["zero3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "zero1", "zero2"))],
+)
+def test_lora_and_frozen_parts_on_two_ranks_equal_one_process(pair, setting):
     options = {"lora": LORA, "freeze": ["vision_tower"]}
-    reference = runs.here(pair[0]("one", options))
-    more = {"deepspeed": runs.deepspeed_config(3), "per_device_train_batch_size": 2, "gradient_checkpointing": True}
-    run = runs.launched(pair[0]("zero3", options, **more), "deepspeed")
+    reference = runs.here(pair[0](f"one_{setting}", options))
+    launcher, wrapper = runs.SETTINGS[setting]
+    more = wrapper | {"per_device_train_batch_size": 2, "gradient_checkpointing": True}
+    run = runs.launched(pair[0](setting, options, **more), launcher)
     for ours, theirs in zip(*(runs.metrics(r, "loss", "kl", "t", "grad_norm") for r in (run, reference)), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
     assert runs.update_off(run, reference, pair[1]) < 1e-4
@@ -102,9 +109,23 @@ def test_lora_under_zero_3_equals_one_process(pair):
 
 def test_fsdp2_equals_one_process(pair):
     reference = runs.here(pair[0]("whole", {}))
-    fsdp = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": "FULL_STATE_DICT"}
-    more = {"fsdp": "full_shard auto_wrap", "fsdp_config": fsdp, "per_device_train_batch_size": 2}
-    run = runs.launched(pair[0]("fsdp2", {}, **more), "torchrun")
+    launcher, wrapper = runs.SETTINGS["fsdp2"]
+    run = runs.launched(pair[0]("fsdp2", {}, **wrapper, per_device_train_batch_size=2), launcher)
     for ours, theirs in zip(*(runs.metrics(r, "loss", "kl", "t", "grad_norm") for r in (run, reference)), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
     assert runs.update_off(run, reference, pair[1]) < 1e-4
+
+
+@pytest.mark.slow
+def test_fsdp2_run_resumes(pair):
+    launcher, wrapper = runs.SETTINGS["fsdp2"]
+    more = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch"}
+    recipe = pair[0]("fsdp2_resumed", {}, **(wrapper | more), per_device_train_batch_size=2)
+    run = runs.launched(recipe, launcher)
+    reference = runs.loaded(run)
+    lines = runs.metrics(run, "step", "loss", "t")
+    shutil.rmtree(run / "checkpoint-6")
+    (run / "complete.json").unlink()
+    runs.launched(recipe, launcher)
+    assert all(torch.equal(value, runs.loaded(run)[name]) for name, value in reference.items())
+    assert runs.metrics(run, "step", "loss", "t") == lines and len(lines) == 6
