@@ -53,7 +53,7 @@ ALLOWED = {
         "trainer",
         "objectives",
     },
-    "report": {"data", "evaluation"},
+    "report": {"data", "evaluation", "objectives", "streams", "teachers"},
     "inspection": {"data", "objectives", "pairing", "pretrained", "recipe", "streams", "teachers"},
     "assembly": {"pretrained", "students"},
     "cli": {

@@ -63,6 +63,7 @@ def run_folder(path, *, taid=True, steps=20):
                 "loss": 2 / step,
                 "kl": 1 / step,
                 "answer_tokens_per_second": 100.0,
+                "peak_memory_gib": 0.5,
             }
             if taid:
                 row |= {"t": 0.4 + step / 100, "t_closed_form": 0.4 + step / 200}
@@ -78,12 +79,16 @@ def test_page(tmp_path, evaluations):
     text = page.read_text()
     assert page.stat().st_size < MAX_BYTES
     assert "<title>A &amp; B</title>" in text
-    assert not re.search(r'(?:src|href)="(?!data:|#)', text) and "@import" not in text and "<script" not in text
+    assert not re.search(r'(?:src|href)="(?!data:|#)', text)
+    assert "@import" not in text and not re.search(r"url\((?!#)", text)
+    assert text.count("<script") == 2 and not re.search(r"<script[^>]* src", text)
     assert "prefers-color-scheme: dark" in text
     for expected in ("with_taid", "with_sft", "taid, closed form", "agrees with teacher", "66.7 ± 21.1", "a &lt; b"):
         assert expected in text, expected
-    assert text.count("<figure>") == 4
-    cards = re.findall(r'<div class="card">.*?</div></div>', text)
+    assert text.count("<figure>") == 6 and text.count('<figure class="alone">') == 1
+    assert "Peak memory: with_taid from 0.5 at step 1 to 0.5 at step 20" in text
+    assert "Agreement: student, colors: 66.7 ± 21.1 %" in text
+    cards = re.findall(r'<button type="button" class="card".*?</button>', text)
     assert len(cards) == 6
     differing = ["✗" in card for card in cards]
     assert differing == [True, True, False, False, False, False]
@@ -99,7 +104,7 @@ def test_equal_pages_are_equal(tmp_path, evaluations):
 
 def test_runs_alone_and_evaluations_alone(tmp_path, evaluations):
     text = report([run_folder(tmp_path / "sft", taid=False)], tmp_path / "runs.html").read_text()
-    assert "closed form" not in text and 'class="card"' not in text
+    assert "closed form" not in text and 'class="card"' not in text and "<script" not in text
     text = report([], tmp_path / "scores.html", [evaluations[1]]).read_text()
     assert "on 2 of 6 rows the answer is wrong" in text
     assert "<figure>" not in text
@@ -143,11 +148,26 @@ def test_moved_and_changed_pictures(tmp_path, evaluations, questions):
         report([], tmp_path / "r.html", evaluations, data=moved / "questions.jsonl")
 
 
+def test_scores_of_evaluations_during_a_run_are_curves(tmp_path):
+    folder = run_folder(tmp_path / "run")
+    lines = [{"step": step, "eval_loss": 1 / step, "eval_vqa": step / 20, "eval_runtime": 3.0} for step in (10, 20)]
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+    assert Run.read(folder).curve("eval_vqa") == ([10, 20], [0.5, 1.0]) and Run.read(folder).scores == ["eval_vqa"]
+    text = report([folder], tmp_path / "runs.html").read_text()
+    assert "Held-out loss: run from 0.1 at step 10 to 0.05 at step 20" in text
+    assert "vqa: run from 0.5 at step 10 to 1 at step 20" in text and "runtime" not in text
+
+
 def test_refusals(tmp_path, evaluations):
     with pytest.raises(InputError, match="nothing to report"):
         report([], tmp_path / "r.html")
     with pytest.raises(InputError, match=r"no metrics\.jsonl"):
         report([tmp_path], tmp_path / "r.html")
+    with pytest.raises(InputError, match="label of the evaluations: teacher, student"):
+        report([], tmp_path / "r.html", evaluations, models=["other=somewhere"])
+    with pytest.raises(InputError, match=r"models student=.*nowhere"):
+        report([], tmp_path / "r.html", evaluations, models=[f"student={tmp_path / 'nowhere'}"])
     broken = run_folder(tmp_path / "broken")
     with (broken / "metrics.jsonl").open("a") as file:
         file.write('{"loss": 1.0}\n')

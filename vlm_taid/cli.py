@@ -113,7 +113,8 @@ def report(arguments: list[str]) -> None:
     parser = Parser(prog="vlm-taid report", description="Write one HTML page about runs and evaluations.")
     parser.add_argument("runs", nargs="*", help="run folders")
     parser.add_argument("--evaluations", nargs="*", default=[], help="results of eval run, each as PATH or LABEL=PATH")
-    parser.add_function_arguments(report, as_positional=False, skip={"runs", "evaluations"})
+    parser.add_argument("--models", nargs="*", default=[], help="LABEL=MODEL: token probabilities of the answers shown")
+    parser.add_function_arguments(report, as_positional=False, skip={"runs", "evaluations", "models"})
     print(f"report: {report(**vars(parser.parse(arguments)[1]))}")
 
 

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
+from vlm_taid.data.conversation import Conversation
 from vlm_taid.data.sources import SourceOptions
 from vlm_taid.errors import InputError
 from vlm_taid.evaluation.comparison import Comparison, compare
@@ -36,18 +35,26 @@ class Answer:
 
 @dataclass(frozen=True)
 class Card:
-    """One picture of the grid; ``differs`` if a model's answer is not the reference model's (or, alone, is wrong)."""
+    """One row of the grid.
 
-    image: Image.Image
+    Args:
+        row: the row itself, which ends with its question.
+        question: as the file has it.
+        references: the right answers, each once, the most frequent first.
+        answers: the models'.
+        differs: a model's answer is not the reference model's (or, alone, is wrong).
+    """
+
+    row: Conversation
     question: str
-    reference: str
+    references: list[str]
     answers: list[Answer]
     differs: bool
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """The chosen pictures of a task, and how many of its rows differ."""
+    """The chosen rows of a task, and how many of its rows differ."""
 
     task: str
     cards: list[Card]
@@ -145,16 +152,14 @@ def gallery(comparison: Comparison, task: str, count: int = 24, data: str | Path
     cards = []
     for index in choose_rows(questions, differs, count):
         line = reference[index]
-        images = rows[line["doc_id"]].images
-        if not images:
-            continue
-        if [image_sha256(image) for image in images] != line["doc"]["image"]:
+        row = rows[line["doc_id"]]
+        if [image_sha256(image) for image in row.images] != line["doc"]["image"]:
             raise InputError(f"{source['path']}, row {line['doc_id']}: not the picture that was evaluated")
         answers = [
             Answer(label, lines[index]["filtered_resps"][0], lines[index][metric]) for label, lines in models.items()
         ]
-        shown = Counter(line["target"]).most_common(1)[0][0]
-        cards.append(Card(images[0], questions[index][1], shown, answers, any(differs[index])))
+        references = [text for text, _ in Counter(line["target"]).most_common()]
+        cards.append(Card(row, questions[index][1], references, answers, any(differs[index])))
     return Gallery(task, cards, sum(map(any, differs)), len(reference))
 
 
@@ -182,7 +187,7 @@ def save_grid(
     from matplotlib.figure import Figure
 
     comparison = compare(evaluations, reference)
-    cards = gallery(comparison, task or comparison.tasks[0], count, data).cards
+    cards = [card for card in gallery(comparison, task or comparison.tasks[0], count, data).cards if card.row.images]
     if not cards:
         raise InputError("no pictures to draw")
     colors = {"right": "#1a7f37", "partly": "#9a6700", "wrong": "#cf222e"}
@@ -196,11 +201,12 @@ def save_grid(
         left = (position % columns) * (cell + 0.15) + 0.075
         top = total - (position // columns) * height - 0.075
         axes = figure.add_axes((left / width, (top - cell) / total, cell / width, cell / total))
-        axes.imshow(card.image, interpolation="nearest" if max(card.image.size) < 200 else "antialiased")
+        image = card.row.images[0]
+        axes.imshow(image, interpolation="nearest" if max(image.size) < 200 else "antialiased")
         axes.set_axis_off()
         question = textwrap.wrap(card.question, 26)[:2]
         texts = [(line, "#1f2328", "bold") for line in question] + [
-            (f"reference: {card.reference}", "#59636e", "normal")
+            (f"reference: {card.references[0]}", "#59636e", "normal")
         ]
         texts += [
             (f"{SYMBOLS[answer.verdict]} {answer.label}: {answer.text or '(empty)'}", colors[answer.verdict], "normal")

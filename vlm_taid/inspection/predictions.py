@@ -16,7 +16,7 @@ from ..recipe import Recipe
 from ..streams import PairedBatch, PairedCollator, StreamEncoder
 from ..teachers import LiveTeacher
 from ..teachers.live import hidden_at
-from .rows import Prediction, token_text
+from .rows import Prediction
 
 TOP = 5
 
@@ -56,7 +56,7 @@ class Models:
         ):
             assert encoder is not None
             tops.append(_top(replace(head, columns=None, rest=None)(hidden), encoder))
-        labels = [token_text(self.collator.student, i) for i in batch["labels_N"].tolist()]
+        labels = [self.collator.student.token_bytes.text(i) for i in batch["labels_N"].tolist()]
         return [Prediction(*values) for values in zip(labels, *tops, kl_N.tolist(), strict=True)]
 
 
@@ -64,6 +64,6 @@ def _top(logits_NV: torch.Tensor, encoder: StreamEncoder) -> list[list[tuple[str
     """The TOP most probable tokens of the whole head at each position."""
     values_NK, ids_NK = logits_NV.softmax(-1).topk(min(TOP, logits_NV.shape[-1]), -1)
     return [
-        [(token_text(encoder, i), p) for i, p in zip(ids, values, strict=True)]
+        [(encoder.token_bytes.text(i), p) for i, p in zip(ids, values, strict=True)]
         for ids, values in zip(ids_NK.tolist(), values_NK.tolist(), strict=True)
     ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, Literal
+from typing import Literal
 
 from ..data import Conversation
 from ..errors import BadRow
@@ -123,20 +123,10 @@ def _pieces(stream: Stream, encoder: StreamEncoder, pair_of: dict[int, int], sup
     for is_image, run in groupby(range(len(ids)), key=lambda i: ids[i] == image_id):
         if is_image:
             indices = list(run)
-            yield Piece(token_text(encoder, ids[indices[0]]), "image", None, len(indices))
+            yield Piece(encoder.token_bytes.text(ids[indices[0]]), "image", None, len(indices))
             continue
         for i in run:
             kind: Kind = "paired" if i in pair_of else "answer" if i in supervised else "context"
             if kind == "context" and ids[i] in special:
                 kind = "special"
-            yield Piece(token_text(encoder, ids[i]), kind, pair_of.get(i))
-
-
-def token_text(encoder: StreamEncoder, token_id: int) -> str:
-    """What a token stands for; bytes that are no whole character are written as ``\\xNN``."""
-    if token_id in encoder.token_bytes.special:
-        return str(encoder.tokenizer.convert_ids_to_tokens(token_id))
-    piece: Any = encoder.token_bytes[token_id]
-    if piece is None:
-        return f"<{token_id}>"
-    return piece.decode(errors="backslashreplace")
+            yield Piece(encoder.token_bytes.text(ids[i]), kind, pair_of.get(i))

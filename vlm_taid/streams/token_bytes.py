@@ -49,6 +49,13 @@ class TokenBytes:
             self._known[token_id] = self.of(token_id, self._tokenizer.convert_ids_to_tokens(token_id))
         return self._known[token_id]
 
+    def text(self, token_id: int) -> str:
+        """What the token stands for, to be shown; bytes that are no whole character are written as ``\\xNN``."""
+        if token_id in self.special:
+            return str(self._tokenizer.convert_ids_to_tokens(token_id))
+        piece = self[token_id]
+        return f"<{token_id}>" if piece is None else piece.decode(errors="backslashreplace")
+
     def of(self, token_id: int, token: str | None) -> bytes | None:
         """The bytes of the token with that id and string."""
         if token is None or token_id == self._unknown:
