@@ -87,8 +87,12 @@ def _set_images(path: str | Path, processor: Any, settings: Mapping[str, Any]) -
         raise InputError(f"{path}: {type(images).__name__} refuses {dict(settings)}: {_first_line(error)}") from error
 
 
-def load_model(options: ModelOptions) -> PreTrainedModel:
+def load_model(options: ModelOptions, **more: Any) -> PreTrainedModel:
     """The model, by AutoModelForImageTextToText where its family has one, else by AutoModelForCausalLM.
+
+    Args:
+        options: ModelOptions.
+        more: further arguments of from_pretrained.
 
     Raises:
         InputError: the folder is missing, holds no safetensors weights (pickles are never opened), or lacks tensors.
@@ -109,6 +113,7 @@ def load_model(options: ModelOptions) -> PreTrainedModel:
             use_safetensors=True,
             output_loading_info=True,
             **settings,
+            **more,
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise InputError(f"{options.path}: the model cannot be loaded: {_first_line(error)}") from error

@@ -174,6 +174,8 @@ class Recipe:
             raise InputError("objective.mix is read with several teachers alone")
         if any(one.zero_stage == 3 for one in self.all_teachers) and not self.training.get("deepspeed"):
             raise InputError("teacher.zero_stage is 3, which needs training.deepspeed and a launcher; 0 needs neither")
+        for one in self.all_teachers:
+            one.check()
         training = self.training
         if self.rollout is not None:
             self.rollout.check()

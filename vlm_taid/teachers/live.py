@@ -6,6 +6,7 @@ Legend: N paired positions, G teacher width.
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import BitsAndBytesConfig
 
+from ..errors import InputError
 from ..objectives import Head, HiddenSignal, redirected
 from ..pretrained import ModelOptions, load_model, loading_under
 
@@ -30,6 +33,8 @@ class TeacherOptions(ModelOptions):
     """Under DeepSpeed: 0 keeps a whole teacher on every rank, 3 shards it over the ranks."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Further DeepSpeed settings of a sharded teacher; optimizer, scheduler and optimizer offload are removed."""
+    quantize: Literal["4bit", "8bit"] | None = None
+    """Load the linear layers in NF4 or LLM.int8 (bitsandbytes); the head stays as it is. Not with zero_stage 3."""
     cache: str | None = None
     """The folder that vlm-taid cache wrote of this teacher: it is read instead, and no teacher is loaded."""
     system: str | None = None
@@ -38,6 +43,20 @@ class TeacherOptions(ModelOptions):
     """The most pixels of a picture that the teacher sees, if its image processor has such a limit (Qwen-VL)."""
     image_processor: dict[str, Any] = field(default_factory=dict)
     """Settings of the teacher's image processor over the saved ones, as {size: {height: 672, width: 672}}."""
+
+    def check(self) -> None:
+        """Raises:
+        InputError: a quantised teacher that is to be sharded, or bitsandbytes is missing.
+        """
+        if self.quantize is None:
+            return
+        if self.zero_stage == 3:
+            raise InputError(
+                "teacher.quantize: a quantised teacher cannot be sharded: set teacher.zero_stage to 0, or leave "
+                "quantize out"
+            )
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise InputError('teacher.quantize needs bitsandbytes: pip install "vlm-taid[quantize]"')
 
     @property
     def image_settings(self) -> dict[str, Any]:
@@ -59,8 +78,11 @@ class LiveTeacher:
     def __init__(self, options: TeacherOptions, device: torch.device):
         self.options = options
         with loading_under(options.zero_stage):
-            self.model: Any = load_model(options).requires_grad_(False).eval()
-        self.wrapper: Any = self.model.to(device) if options.zero_stage == 0 else self._sharded()
+            self.model: Any = load_model(options, **_quantized(options, device)).requires_grad_(False).eval()
+        if options.zero_stage == 3:
+            self.wrapper: Any = self._sharded()
+        else:
+            self.wrapper = self.model if options.quantize else self.model.to(device)
         with torch.no_grad():
             self.head = redirected(self.wrapper, self.model, lambda: Head.of(self.model))
 
@@ -97,6 +119,20 @@ class LiveTeacher:
         parameters = [p for p in (self.head.weight, self.head.bias) if p is not None]
         with deepspeed.zero.GatheredParameters(parameters):
             yield
+
+
+def _quantized(options: TeacherOptions, device: torch.device) -> dict[str, Any]:
+    """What from_pretrained is told of the quantisation; such a model is made where it stays."""
+    if options.quantize is None:
+        return {}
+    dtype = torch.bfloat16 if options.dtype == "auto" else getattr(torch, options.dtype)
+    config = BitsAndBytesConfig(
+        load_in_4bit=options.quantize == "4bit",
+        load_in_8bit=options.quantize == "8bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def head_rows(model: Any) -> int:
