@@ -18,7 +18,7 @@ ALLOWED = {
     "teachers": {"objectives", "pretrained", "streams"},
     "trainable": {"pretrained"},
     "students": {"pretrained", "trainable"},
-    "evaluation": {"data", "pretrained"},
+    "evaluation": {"data", "objectives", "pretrained", "streams"},
     "resumable": {"checkpoints"},
     "rollout": {"data", "streams"},
     "training_log": {"objectives"},

@@ -17,6 +17,7 @@ USAGE = """vlm-taid COMMAND ...
   plan      --config RECIPE.yaml --gpus N                     will it fit, and how long is a step; no weights needed
   eval run  --model PATH --data NAME=FILE ...                 score a model on VQA files
   eval score --predictions FILE --metric NAME                 score saved answers anew, without the model
+  eval lm   --model PATH --data NAME=FILE [--teacher PATH]    perplexity on held-out text, KL to a teacher
   assemble  --vision timm/NAME --language PATH --output DIR   a new vision-language model from parts
   report    RUN [RUN ...] --output report.html                curves, results and sample answers as one page
 
@@ -81,14 +82,15 @@ def plan(arguments: list[str]) -> None:
 
 
 def evaluate(arguments: list[str]) -> None:
-    from .evaluation import run_command, score_command
+    from .evaluation import lm_command, run_command, score_command
     from .parsing import Parser
 
-    commands: dict[str, Callable[..., object]] = {"run": run_command, "score": score_command}
+    commands: dict[str, Callable[..., object]] = {"run": run_command, "score": score_command, "lm": lm_command}
     name = arguments[0] if arguments else ""
     if name not in commands:
         raise InputError(
-            "eval has two subcommands: eval run --model PATH --data NAME=FILE; eval score --predictions FILE"
+            "eval has three subcommands: eval run --model PATH --data NAME=FILE; eval score --predictions FILE; "
+            "eval lm --model PATH --data NAME=FILE"
         )
     parser = Parser(prog=f"vlm-taid eval {name}", description="Score a model on files of questions, or its answers.")
     parser.add_function_arguments(commands[name], as_positional=False)

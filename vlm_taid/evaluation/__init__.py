@@ -12,6 +12,7 @@ from vlm_taid.evaluation.comparison import (
     paired_test,
 )
 from vlm_taid.evaluation.gallery import save_grid
+from vlm_taid.evaluation.language_command import evaluate_text, lm_command
 from vlm_taid.evaluation.models import load
 from vlm_taid.evaluation.readers import Task
 from vlm_taid.evaluation.results import Results, Score, read_samples
@@ -28,6 +29,8 @@ __all__ = [
     "compare",
     "discordant",
     "evaluate",
+    "evaluate_text",
+    "lm_command",
     "load",
     "metrics",
     "paired_test",

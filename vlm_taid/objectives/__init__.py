@@ -3,6 +3,7 @@
 from .divergences import per_token
 from .head import Head, as_slice, redirected
 from .linear import MEMORY, LinearDistillationOutput, linear_distillation, rows_at_a_time
+from .measures import Measures, measure
 from .objective import FKL, OBJECTIVES, Objective
 from .signals import HiddenSignal, MixedSignal, TeacherSignal, TopKSignal
 from .taid import TAIDSchedule
@@ -16,6 +17,7 @@ __all__ = [
     "HiddenSignal",
     "LearnedTemperature",
     "LinearDistillationOutput",
+    "Measures",
     "MixedSignal",
     "Objective",
     "TAIDSchedule",
@@ -23,6 +25,7 @@ __all__ = [
     "TopKSignal",
     "as_slice",
     "linear_distillation",
+    "measure",
     "per_token",
     "redirected",
     "rows_at_a_time",
