@@ -1,5 +1,6 @@
 """Student and teacher each under their own ZeRO stage: the same weights and evaluation losses as one process."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,26 @@ def test_stages_equal_one_process(pair, student_stage, teacher_stage):
     assert runs.update_off(run, reference, student) < 1e-4
     if student_stage == 3:
         converted_weights_are_the_saved_ones(run)
+
+
+@pytest.mark.parametrize("launcher, stage", [(None, 0), ("deepspeed", 1), ("torchrun", 3)])
+def test_the_best_checkpoint_is_kept_and_is_the_result(pair, launcher, stage):
+    """The loss falls, so with greater_is_better the best model is the first one that was evaluated."""
+    recipe, reference, _ = pair
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    saved = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    more = {"per_device_train_batch_size": 2, "deepspeed": runs.deepspeed_config(stage), "zero_stage": 3 * (stage == 3)}
+    path = recipe(f"best{stage}", **best, **saved, **more if launcher else {"per_device_train_batch_size": 4})
+    run = runs.launched(path, launcher) if launcher else runs.here(path)
+    ours, theirs = (runs.metrics(r, "eval_loss") for r in (run, reference))
+    assert ours[0] > ours[1] and ours[:2] == [pytest.approx(expected, rel=1e-4) for expected in theirs[:2]]
+    assert (run / "checkpoint-2" / "complete.json").is_file()
+    chosen, result = runs.loaded(run / "checkpoint-2"), runs.loaded(run)
+    assert all(torch.equal(chosen[key], value) for key, value in result.items())
+    if stage == 3:
+        for rank in range(2):  # of both models, half of the parameters' bytes and what padding adds
+            held = json.loads((run / f"rank{rank}.jsonl").read_text().splitlines()[-1])["held"]
+            assert len(held) == 2 and all(0.5 <= own / whole < 0.55 for own, whole in held)
 
 
 def converted_weights_are_the_saved_ones(run: Path):
