@@ -7,8 +7,10 @@ token begins where the one before it ends, and pieces of one character have no p
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 from .token_bytes import TokenBytes
 
@@ -57,7 +59,7 @@ def find_answers(
     """
     answers = []
     for start, stop in spans:
-        first = next((i for i, (_, end) in enumerate(offsets) if end > start), len(ids))
+        first = bisect_right(offsets, start, key=itemgetter(1))  # the first token that ends after it
         placed = _by_bytes(text, ids, offsets, (start, stop), first, token_bytes)
         exact = placed is not None
         if placed is None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..data import Conversation, DataOptions, Part, Turn
 from ..errors import BadRow, InputError
 from .answers import Answer, find_answers
-from .processors import TEMPLATES, finish, process
+from .processors import TEMPLATES, Offsets, finish, process
 from .rendering import Renderer
 from .token_bytes import TokenBytes
 
@@ -151,7 +151,7 @@ class StreamEncoder:
             return EncodedBatch(refused=refused)
         try:
             images = [conversation.images for conversation in conversations] if self.takes_images else None
-            output = process(self.processor, texts, images)
+            processed = process(self.processor, texts, images)
         except Exception as error:
             if len(conversations) > 1:  # which of them was it?
                 single = [self.encode_batch([conversation]).refused for conversation in conversations]
@@ -165,8 +165,7 @@ class StreamEncoder:
             reason = f"the processor refuses it: {error} (images, in pixels: {sizes}): change it or drop the row"
             refused = refused or {0: BadRow(conversations[0].row, reason)}
             return EncodedBatch(refused=refused)
-        offsets_BT2 = output.pop("offset_mapping")
-        replaced_B = output.pop("text_replacement_offsets")
+        output, replaced_B = processed.inputs, processed.replaced_B
         lengths_B = output["attention_mask"].sum(-1).tolist()
         streams = []
         for index, conversation in enumerate(conversations):
@@ -181,7 +180,7 @@ class StreamEncoder:
             text = _expanded(texts[index], replaced_B[index])
             spans_here = [_shifted(span, replaced_B[index]) for span in spans[index]]
             ends = self._ends if conversation.templated else {self.tokenizer.eos_token_id}
-            offsets = offsets_BT2[index, :length].tolist()
+            offsets = Offsets(processed.encodings_B[index], length)
             answers = find_answers(text, ids_T.tolist(), offsets, spans_here, ends, self.token_bytes)
             streams.append(Stream(conversation.row, text, ids_T, answers))
         if refused:

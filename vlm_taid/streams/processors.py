@@ -9,8 +9,8 @@ Legend: B rows, T positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,11 +43,44 @@ TOGETHER: dict[str, Callable[[list[Tensor]], Tensor]] = {
 }
 
 
+class Offsets(Sequence[tuple[int, int]]):
+    """Where a row's tokens stand in its text, in characters, looked up one by one.
+
+    Most tokens of a row with pictures are image tokens, which nobody asks for: all offsets as Python's lists, or as the
+    tensor that ``return_offsets_mapping`` makes, would cost more than the tokenizer's own work.
+    """
+
+    def __init__(self, encoding: Any, length: int):
+        self._encoding, self._length = encoding, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < self._length:
+            raise IndexError(index)
+        return self._encoding.token_to_chars(index)
+
+
+@dataclass
+class Processed:
+    """What a processor makes of rows.
+
+    Args:
+        inputs: the model's, padded (``input_ids`` [B, T], pixels, ...).
+        encodings_B: each row's tokens as the tokenizer wrote them (``tokenizers.Encoding``).
+        replaced_B: each row's image marks, and what was written in their place.
+    """
+
+    inputs: dict[str, Any]
+    encodings_B: list[Any]
+    replaced_B: list[list[dict[str, Any]]]
+
+
 def process(
     processor: Any, texts: list[str], images: Sequence[Sequence[Image.Image]] | None, padding_side: str = "right"
-) -> dict[str, Any]:
-    """Padded inputs of a model, with ``offset_mapping`` [B, T, 2], and ``text_replacement_offsets``, each row's list
-    of image marks and what was written in their place.
+) -> Processed:
+    """Rows as their processor makes them a model's inputs.
 
     Args:
         processor: a processor, or a tokenizer for text alone.
@@ -60,54 +93,71 @@ def process(
         "padding_side": padding_side,
         "return_tensors": "pt",
         "add_special_tokens": False,  # the template has written them
-        "return_offsets_mapping": True,
     }
+    nothing = [[]] * len(texts)
     if images is None:
-        return {**processor(texts, **options), "text_replacement_offsets": [[]] * len(texts)}
+        encoded = processor(texts, **options)
+        return Processed(dict(encoded), encoded.encodings, nothing)
     if type(processor).__name__ in TOGETHER:
         return _in_parts(processor, texts, images, options)
     if any(images):
         options["images"] = [list(row) for row in images]
-    with _recorded(processor) as replaced_B:
+    with _Listener(processor) as heard:
         inputs = dict(processor(text=texts, **options))
-    return {**inputs, "text_replacement_offsets": replaced_B or [[]] * len(texts)}
+    return Processed(inputs, heard.encodings_B, heard.replaced_B or nothing)
 
 
-@contextmanager
-def _recorded(processor: Any) -> Iterator[list[list[dict[str, Any]]]]:
-    """What a processor writes in the place of image marks while the context lasts.
+@dataclass
+class _Listener:
+    """Hears what a processor does inside its call: what it writes for image marks, and what its tokenizer answers.
 
-    ``return_text_replacement_offsets=True`` asks for the same, and fails with InternVL and Idefics3 where a batch's
-    first row has no image: they make a tensor of its empty list.
+    Its own options give less: ``return_text_replacement_offsets`` fails with InternVL and Idefics3 where a batch's
+    first row has no image (they make a tensor of its empty list), and for ``return_offsets_mapping`` see ``Offsets``.
     """
-    replaced_B: list[list[dict[str, Any]]] = []
-    own = processor.get_text_with_replacements
 
-    def recording(*args: Any, **kwargs: Any) -> tuple[list[str], list[list[dict[str, Any]]]]:
-        texts, replaced = own(*args, **kwargs)
-        replaced_B.extend(replaced)
+    processor: Any
+    encodings_B: list[Any] = field(default_factory=list)
+    replaced_B: list[list[dict[str, Any]]] = field(default_factory=list)
+
+    def __enter__(self) -> _Listener:
+        self._write, self._tokenizer = self.processor.get_text_with_replacements, self.processor.tokenizer
+        self.processor.get_text_with_replacements = self._written
+        self.processor.tokenizer = self
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.processor.tokenizer = self._tokenizer
+        del self.processor.get_text_with_replacements
+
+    def _written(self, *args: Any, **kwargs: Any) -> tuple[list[str], list[list[dict[str, Any]]]]:
+        texts, replaced = self._write(*args, **kwargs)
+        self.replaced_B = replaced
         return texts, replaced
 
-    processor.get_text_with_replacements = recording
-    try:
-        yield replaced_B
-    finally:
-        del processor.get_text_with_replacements
+    def __call__(self, text: Any, *args: Any, **kwargs: Any) -> Any:
+        """In the tokenizer's place."""
+        encoded = self._tokenizer(text, *args, **kwargs)
+        if isinstance(text, list):
+            self.encodings_B = encoded.encodings
+        return encoded
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
 
 
 def _in_parts(
     processor: Any, texts: list[str], images: Sequence[Sequence[Image.Image]], options: dict[str, Any]
-) -> dict[str, Any]:
+) -> Processed:
     """What a processor's own call does: the pictures, the text with their tokens, the tokenizer."""
     pictures = [image for row in images for image in row]
     processed = processor.image_processor(pictures) if pictures else {}
     marks = [processor.replace_image_token(processed, image_idx=index) for index in range(len(pictures))]
     texts, replaced = processor.get_text_with_replacements(list(texts), images_replacements=marks)
-    inputs = dict(processor.tokenizer(texts, **options))
-    inputs["text_replacement_offsets"] = replaced
+    encoded = processor.tokenizer(texts, **options)
+    inputs = dict(encoded)
     if pictures:
         inputs["pixel_values"] = TOGETHER[type(processor).__name__](list(processed["pixel_values"]))
-    return inputs
+    return Processed(inputs, encoded.encodings, replaced)
 
 
 def finish(processor: Any, inputs: dict[str, Any], streams: Sequence[Stream]) -> None:

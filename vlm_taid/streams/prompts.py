@@ -29,5 +29,4 @@ def encode_prompts(encoder: StreamEncoder, conversations: Sequence[Conversation]
             raise rendered
         texts.append(rendered.text[: rendered.spans[-1][0]])
     images = [conversation.images for conversation in conversations] if encoder.takes_images else None
-    inputs = process(encoder.processor, texts, images, padding_side="left")
-    return {key: value for key, value in inputs.items() if key not in ("offset_mapping", "text_replacement_offsets")}
+    return process(encoder.processor, texts, images, padding_side="left").inputs
