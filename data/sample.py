@@ -3,6 +3,7 @@
 The sample is committed, so this script only documents how it was made, and makes it anew:
 
 - ``vqa.jsonl``, ``images/``: 240 training questions on the first 60 pictures of easy-VQA (MIT);
+- ``emoji.jsonl``, ``images/emoji-*.png``: 60 questions on 15 scenes of OpenMoji pictures (CC BY-SA 4.0);
 - ``glosses.jsonl``: 240 nouns of WordNet 3.0 with their glosses, evenly spread over its noun file (WordNet licence).
 
     apt-get download wordnet-base && python data/sample.py --wordnet wordnet-base_*.deb --output data/sample
@@ -16,6 +17,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import emoji_scenes
 from easy_vqa import PACKAGE, SHA256
 from fetch import OutOfReach, python_package
 
@@ -58,6 +60,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         write_vqa(options.output)
+        emoji_scenes.write(options.output, scenes=15, side=112, rows="emoji.jsonl")
         write_glosses(options.wordnet, options.output)
     except (OutOfReach, OSError, subprocess.CalledProcessError) as error:
         print(error, file=sys.stderr)

@@ -164,6 +164,20 @@ def test_unknown_key_of_a_file_names_the_nearest(recipe, capfd):
     assert "t_strat" in message and "t_start" in message
 
 
+@pytest.mark.parametrize(
+    ("command", "near"),
+    [
+        (["inspect", "--rowz", "3"], "(nearest known key: rows)"),
+        (["plan", "--gpus", "1", "--lenght", "3"], "(nearest known key: length)"),
+        (["cache", "--output", "x", "--data.trian", "y"], "(nearest known key: data.train)"),
+        (["plan", "--gpu", "1"], "--gpus"),
+        (["inspect", "--rows", "x"], "--rows"),
+    ],
+)
+def test_unknown_option_of_a_command_beside_the_recipes(recipe, capfd, command, near):
+    assert near in fails(capfd, *command, "--config", recipe[0])
+
+
 def test_unknown_command(capfd):
     assert "there are: distill, " in fails(capfd, "distil")
 

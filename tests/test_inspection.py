@@ -84,6 +84,24 @@ def test_pairs_counts_and_page(tmp_path, capsys):
     assert f"{data}:1" in printed and "2 rows inspected, 0 of them" in printed and "shared tokens" in printed
 
 
+@pytest.mark.parametrize(("family", "options"), [("pixtral", {}), ("smolvlm", {"split": True}), ("internvl", {})])
+def test_a_picture_is_one_chip_with_its_marks(tmp_path, family, options):
+    """Line breaks, tile numbers and frames are the picture's."""
+    path, _ = recipe_of(tmp_path, families.made(family, **options), None, name="sft")
+    collator = paired_collator(Recipe.load(path))
+    pictures = [Part(image=Image.new("RGB", size, "red")) for size in ((64, 48), (48, 64))]
+    turns = (Turn("user", (pictures[0], Part("and"), pictures[1], Part("?"))), Turn("assistant", (Part("red"),)))
+    row, batch = inspect_row(Conversation(turns), collator)
+    assert batch is not None and row.student is not None
+    chips = [piece for piece in row.student.pieces if piece.kind == "image"]
+    assert len(chips) == 2 and all(chip.marks > 0 for chip in chips)
+    ids = batch["student"]["input_ids"][0].tolist()
+    assert row.student.image_tokens == ids.count(collator.student.processor.image_token_id)
+    assert sum(piece.count for piece in row.student.pieces) == len(ids)
+    rest = "".join(piece.text for piece in row.student.pieces if piece.kind != "image")
+    assert "and" in rest and not re.search(r"IMG|img|image>|row_|fake", rest)
+
+
 def test_refused_rows_are_shown_and_exit_1(tmp_path, capsys):
     path, data = recipe_of(tmp_path, families.made("llava"), families.made("llava", seed=1))
     rows = [json.loads(line) for line in data.read_text().splitlines()]

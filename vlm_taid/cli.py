@@ -39,8 +39,8 @@ def cache(arguments: list[str]) -> None:
     parser = with_recipe("cache", "Write the teacher's top-k distributions of every answer token to disk.")
     parser.add_argument("--output", type=Path, required=True, help="the cache's folder; a part of it is gone on with")
     parser.add_argument("--k", type=int, default=64, help="tokens to keep at each position (default: 64)")
-    options, rest = parser.parse_known_args(arguments)
-    print(f"cache: {cache(Recipe.parse(rest), options.output, options.k)}")
+    options, rest = parser.split(arguments)
+    print(f"cache: {cache(Recipe.parse(rest, parser.names), options.output, options.k)}")
 
 
 def inspect(arguments: list[str]) -> int:
@@ -52,8 +52,8 @@ def inspect(arguments: list[str]) -> int:
     parser.add_argument("--rows", type=int, default=4, help="rows to show, evenly spread over the data (default: 4)")
     parser.add_argument("--html", type=Path, help="a page to write, in one file")
     parser.add_argument("--models", action="store_true", help="load the models: top-5 tokens and KL at each pair")
-    options, rest = parser.parse_known_args(arguments)
-    rows = inspect(Recipe.parse(rest), options.rows, options.html, options.models)
+    options, rest = parser.split(arguments)
+    rows = inspect(Recipe.parse(rest, parser.names), options.rows, options.html, options.models)
     return int(any(row.refused is not None for row in rows))
 
 
@@ -76,9 +76,9 @@ def plan(arguments: list[str]) -> None:
         parser.add_argument(f"--{name}", type=float, default=value, help=f"{sentence} (default: {value:g})")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a row, images included (default: 2048)")
     parser.add_argument("--answer_share", type=float, default=1.0, help="supervised share of a row (default: 1)")
-    given, rest = parser.parse_known_args(arguments)
+    given, rest = parser.split(arguments)
     machine = Machine(given.gpus, given.gpu_memory, given.reserve, given.gpu_tflops, given.utilisation, given.bandwidth)
-    print(plan(Recipe.parse(rest), machine, given.length, given.answer_share))
+    print(plan(Recipe.parse(rest, parser.names), machine, given.length, given.answer_share))
 
 
 def evaluate(arguments: list[str]) -> None:

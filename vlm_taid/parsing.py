@@ -6,7 +6,7 @@ import argparse
 import difflib
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse._loaders_dumpers import get_yaml_default_loader
@@ -25,8 +25,12 @@ class Parser(ArgumentParser):
     def __init__(self, **options: Any):
         super().__init__(**{"exit_on_error": False, "allow_abbrev": False, **options})
 
-    def parse(self, arguments: Sequence[str]) -> tuple[Namespace, Any]:
+    def parse(self, arguments: Sequence[str], others: Sequence[str] = ()) -> tuple[Namespace, Any]:
         """The parsed values, and the same with classes made of them.
+
+        Args:
+            arguments: the command line.
+            others: options that stand beside this parser's, which an unknown key may have meant too.
 
         Raises:
             InputError: an unknown key (the nearest is named), or a value of the wrong type.
@@ -35,24 +39,46 @@ class Parser(ArgumentParser):
             parsed = self.parse_args(list(arguments))
             return parsed, self.instantiate_classes(parsed)
         except Exception as error:  # jsonargparse raises its own and argparse's errors
-            raise InputError(self._explained(str(error).strip(), arguments)) from error
-
-    def _explained(self, message: str, arguments: Sequence[str]) -> str:
-        known = sorted(action.dest for action in self._actions)
-        group = re.search(r"Group '([\w.]+)'", message)
-        prefix = f"{group[1]}." if group else ""
-        unknown = [prefix + key for key in re.findall(r"option '([\w.]+)'", message)]
-        unknown += [argument.split("=")[0].removeprefix("--") for argument in arguments if argument.startswith("--")]
-        for key in unknown:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-            if key not in known and near and near[0] not in message:
-                return f"{message} (nearest known key: {near[0]})"
-        return message
+            known = [*(action.dest for action in self._actions), *others]
+            raise InputError(explained(str(error).strip(), arguments, known)) from error
 
 
-def with_recipe(command: str, description: str) -> argparse.ArgumentParser:
-    """The parser of a command's own options, for its ``parse_known_args``; what is left is the recipe's."""
-    return argparse.ArgumentParser(
+class OwnOptions(argparse.ArgumentParser):
+    """The options that a command has beside a recipe's keys."""
+
+    def split(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """The own options' values, and the arguments that are left for the recipe.
+
+        Raises:
+            InputError: an own option is missing (what stands in its place is named) or has a wrong value.
+        """
+        self._arguments = arguments
+        return self.parse_known_args(arguments)
+
+    @property
+    def names(self) -> list[str]:
+        return [action.dest for action in self._actions]
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(explained(message, self._arguments, self.names))
+
+
+def explained(message: str, arguments: Sequence[str], known: Sequence[str]) -> str:
+    """A parser's message, with the known key that is nearest to one of the arguments or to one that it names."""
+    group = re.search(r"Group '([\w.]+)'", message)
+    prefix = f"{group[1]}." if group else ""
+    unknown = [prefix + key for key in re.findall(r"option '([\w.]+)'", message)]
+    unknown += [argument.split("=")[0].removeprefix("--") for argument in arguments if argument.startswith("--")]
+    for key in unknown:
+        near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.6)
+        if key not in known and near and near[0] not in message:
+            return f"{message} (nearest known key: {near[0]})"
+    return message
+
+
+def with_recipe(command: str, description: str) -> OwnOptions:
+    """The parser of a command's own options."""
+    return OwnOptions(
         prog=f"vlm-taid {command}",
         description=f"{description} All keys of a recipe may follow, as in vlm-taid distill.",
         usage=f"vlm-taid {command} --config RECIPE.yaml [--section.key VALUE ...] [options]",

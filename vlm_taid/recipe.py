@@ -139,10 +139,10 @@ class Recipe:
         return cls.parse(["--config", str(path), *overrides])
 
     @classmethod
-    def parse(cls, arguments: Sequence[str]) -> Recipe:
-        """Reads the command line's ``--config FILE --section.key VALUE ...``."""
+    def parse(cls, arguments: Sequence[str], others: Sequence[str] = ()) -> Recipe:
+        """Reads the command line's ``--config FILE --section.key VALUE ...``; ``others`` as in ``Parser.parse``."""
         arguments = ["--print_config=comments,skip_default" if a == "--print_config" else a for a in arguments]
-        parsed, sections = recipe_parser().parse(arguments)
+        parsed, sections = recipe_parser().parse(arguments, others)
         recipe = cls(
             student=sections.student,
             data=sections.data,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from vlm_taid.data import Conversation, Part, Turn
+from vlm_taid.data import Conversation
 
 CHATML = (["<|im_start|>assistant\n"], "<|im_end|>")
 THINKING = (["<|im_start|>assistant\n<think>\n\n</think>\n\n", "<|im_start|>assistant\n"], "<|im_end|>")
@@ -34,6 +34,7 @@ PIECES = {  # what stands before an answer, and the token that ends it
     "qwen3": THINKING,
     "gemma2": (["<start_of_turn>model\n"], "<end_of_turn>"),
     "phi3": (["<|assistant|>\n"], "<|end|>"),
+    "paligemma": (["\n"], "<eos>"),
 }
 ADDS_BOS = ("llava", "llava_next")  # their templates leave the begin of text to the tokenizer
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
@@ -43,6 +44,7 @@ class Side:
     """One model's half of a pair: its family's known pieces, its processor, its kind of tokenizer."""
 
     def __init__(self, family: str, processor, sentencepiece: bool = False):
+        self.family = family
         self.openings, self.end = PIECES[family]
         self.processor, self.adds_bos = processor, family in ADDS_BOS
         self.tokenizer = getattr(processor, "tokenizer", processor)
@@ -134,13 +136,11 @@ def check_pictures(batch, rows: list[Conversation], student: Side, teacher: Side
     for name, side in (("student", student), ("teacher", teacher)):
         inputs, pixels = batch[name], []
         for place, row in enumerate(rows):
-            structured = side.processor is not side.tokenizer
-            text = side.processor.apply_chat_template(row.messages(structured), tokenize=False)
-            options = {"images": [row.images]} if structured and row.images else {}
-            options |= {"add_special_tokens": side.adds_bos, "return_tensors": "pt"}
-            alone = side.processor(text=[text], **options)
+            alone = _alone(side, row)
             length = int(inputs["attention_mask"][place].sum())
             assert alone["input_ids"][0].tolist() == inputs["input_ids"][place, :length].tolist(), row.row
+            if "token_type_ids" in alone:  # what of the row sees itself whole
+                assert alone["token_type_ids"][0].tolist() == inputs["token_type_ids"][place, :length].tolist(), row.row
             if "pixel_values" in alone:
                 pixels.append(alone["pixel_values"])
         if pixels:
@@ -148,18 +148,21 @@ def check_pictures(batch, rows: list[Conversation], student: Side, teacher: Side
             assert torch.equal(together, _content(inputs["pixel_values"])), f"the {name} sees other pictures"
 
 
+def _alone(side: Side, row: Conversation):
+    """A row as its model's own processor makes it."""
+    options: dict = {"images": [row.images]} if row.images else {}
+    if side.family == "paligemma":  # no template; question and answer have arguments of their own
+        question, answer = (turn.text for turn in row.turns)
+        if row.images:
+            question = "<image>" * len(row.images) + question
+            return side.processor(text=[question], suffix=[answer], return_tensors="pt", **options)
+        text = f"<bos>{question}\n{answer}<eos>"  # which that call refuses without a picture
+        return side.tokenizer([text], add_special_tokens=False, return_tensors="pt")
+    structured = side.processor is not side.tokenizer
+    text = side.processor.apply_chat_template(row.messages(structured), tokenize=False)
+    return side.processor(text=[text], add_special_tokens=side.adds_bos, return_tensors="pt", **options)
+
+
 def _content(pixels: torch.Tensor) -> torch.Tensor:
     """All values but the zeros of padding, in order."""
     return pixels.flatten()[pixels.flatten() != 0]
-
-
-def text_rows(glosses: list[dict]) -> list[Conversation]:
-    """Definitions asked for: one answer, or two."""
-    rows = []
-    for number, gloss in enumerate(glosses):
-        turns = [Turn("user", (Part(gloss["prompt"]),)), Turn("assistant", (Part(gloss["completion"]),))]
-        if number % 3 == 0:
-            other = glosses[(number + 1) % len(glosses)]
-            turns += [Turn("user", (Part(other["prompt"]),)), Turn("assistant", (Part(other["completion"]),))]
-        rows.append(Conversation(tuple(turns), row=f"glosses.jsonl:{number + 1}"))
-    return rows

@@ -1,15 +1,15 @@
 """Pairs of families on real rows: the positions that pair predict the same text in both streams."""
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
 import pytest
-from PIL import Image
 
 from tests import families, kinds
-from tests.streams.oracle import Side, check_pictures, check_positions, text_rows
-from vlm_taid.data import Conversation, DataOptions, Part, Turn
+from tests.streams.oracle import Side, check_pictures, check_positions
+from tests.streams.rows import exchanges, fetched_leads, sample
+from vlm_taid.data import Conversation, DataOptions, Turn
 from vlm_taid.pretrained import load_processor
 from vlm_taid.streams import PairedCollator, SharedVocabulary, StreamEncoder, same_processing
 
@@ -51,44 +51,15 @@ PAIRS = [
     Pair("gemma3", "internvl", student_tokenizer="sentencepiece", teacher_tokenizer="byte_level"),
     Pair("smolvlm", "mistral3", student_tokenizer="byte_level_small", teacher_tokenizer="sentencepiece_first"),
     Pair("smolvlm", "qwen3_vl", student_tokenizer="smollm2", teacher_tokenizer="qwen"),
+    # attention that sees the question whole; one question a row
+    more("paligemma"),
+    Pair("paligemma", "gemma3"),
+    Pair("internvl", "paligemma", student_tokenizer="byte_level", teacher_tokenizer="sentencepiece"),
     # text alone
     Pair("llama3", "qwen2_5_vl"),
     Pair("phi3", "gemma3"),
     Pair("qwen3", "smolvlm", student_tokenizer="byte_level", teacher_tokenizer="sentencepiece"),
 ]
-ODD = ["é 😀👍🏽", "שלום  עולם", "a\r\nb\tc", "\n- one\n- two\n", "x", "  two blanks"]
-
-
-@cache
-def sample() -> tuple[list[Conversation], list[Conversation]]:
-    """At least 200 real rows with pictures (one turn, several turns, several pictures, none), and 200 of text."""
-
-    def lines(name):
-        return [json.loads(line) for line in (kinds.SAMPLE / name).read_text().splitlines()]
-
-    texts = text_rows(lines("glosses.jsonl"))
-    questions = lines("vqa.jsonl")
-    picture = {row["image"]: Image.open(kinds.SAMPLE / row["image"]).convert("RGB") for row in questions}
-    rows, four = [], 4  # questions on each picture
-    for start in range(0, len(questions), four):
-        asked = questions[start : start + four]
-        image = Part(image=picture[asked[0]["image"]])
-        other = Part(image=picture[questions[(start + four) % len(questions)]["image"]])
-        turns = [(Turn("user", (Part(row["question"]),)), Turn("assistant", (Part(row["answer"]),))) for row in asked]
-        with_image = [Turn("user", (image, *asked_turn.parts)) for asked_turn, _ in turns]
-        rows += [Conversation((with_image[i], turns[i][1]), row=f"vqa.jsonl:{start + i + 1}") for i in (0, 1)]
-        rows.append(  # several turns on one picture
-            Conversation((with_image[2], turns[2][1], *turns[3]), row=f"vqa.jsonl:{start + 3}")
-        )
-        both = Turn("user", (image, other, Part("which picture is the first? " + asked[0]["question"])))
-        second = Turn("user", (other, Part("and this one?")))
-        if start % 8:  # two pictures in a turn, and one more in a later turn
-            rows.append(Conversation((both, turns[0][1], second, *texts[start // four].turns[1:2]), row=f"two:{start}"))
-    rows += [
-        Conversation((Turn("user", (Part("write"),)), Turn("assistant", (Part(text),))), row=f"odd:{text!r}")
-        for text in ODD
-    ]
-    return rows + texts[:20], texts
 
 
 class Room:
@@ -109,13 +80,24 @@ class Room:
         assert same_processing(mine, theirs) == pair.shared
         options = DataOptions(train=[], min_paired_share=0.0)
         self.collate = PairedCollator(mine, mine if pair.shared else theirs, self.vocabulary, options)
+        self.one_turn = "paligemma" in (pair.student, pair.teacher)
         images, texts = sample()
-        self.rows = images if mine.takes_images else texts
+        self.rows = self.taken(images if mine.takes_images else texts)
 
-    def batches(self, size: int = 24):
-        for start in range(0, len(self.rows), size):
-            rows = self.rows[start : start + size]
-            yield self.collate(rows), rows
+    def taken(self, rows: Sequence[Conversation]) -> list[Conversation]:
+        """The rows in the form that both models take."""
+        return [one for row in rows for one in exchanges(row)] if self.one_turn else list(rows)
+
+    def check(self, rows: Sequence[Conversation], size: int = 24) -> int:
+        """Checks all rows' positions and the first batch's pictures; the number of pairs."""
+        paired = 0
+        for start in range(0, len(rows), size):
+            batch = self.collate(rows[start : start + size])
+            check_positions(batch, rows[start : start + size], *self.sides)
+            if start == 0:
+                check_pictures(batch, rows[:size], *self.sides)
+            paired += len(batch["labels_N"])
+        return paired
 
 
 @cache
@@ -127,13 +109,14 @@ def room(pair: Pair) -> Room:
 def test_paired_positions_predict_the_same_text(pair):
     here = room(pair)
     assert len(here.rows) >= 200
-    paired = 0
-    for number, (batch, rows) in enumerate(here.batches()):
-        check_positions(batch, rows, *here.sides)
-        if number == 0:
-            check_pictures(batch, rows, *here.sides)
-        paired += len(batch["labels_N"])
-    assert paired > 3 * len(here.rows)
+    assert here.check(here.rows) > 3 * len(here.rows)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_leads_of_wikipedia(pair):
+    """Longer answers, with the scripts, dashes and quotes that they have."""
+    here = room(pair)
+    assert here.check(here.taken(fetched_leads(12))) > 40 * 12
 
 
 def positions(key, by):
@@ -173,8 +156,9 @@ def test_the_oracle_sees_a_shift_of_any_position(pair):
 @pytest.mark.parametrize("model", [0, 1], ids=["student", "teacher"])
 def test_the_oracle_sees_swapped_pictures(pair, model):
     here = room(pair)
-    rows = [row for row in here.rows if len(row.images) == 1 and len(row.turns) == 2][:4:2]  # two pictures
-    assert rows[0].images[0].tobytes() != rows[1].images[0].tobytes()
+    first, *others = (row for row in here.rows if len(row.images) == 1 and len(row.turns) == 2)
+    pixels = first.images[0].tobytes()
+    rows = [first, next(row for row in others if row.images[0].tobytes() != pixels)]
     check_pictures(here.collate(rows), rows, *here.sides)
     swapped = [
         Conversation((Turn("user", (other.turns[0].parts[0], *row.turns[0].parts[1:])), *row.turns[1:]), row=row.row)

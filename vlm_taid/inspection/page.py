@@ -10,7 +10,7 @@ from html import escape
 from PIL import Image
 
 from .rows import InspectedRow, Piece, Prediction, StreamView
-from .terminal import counts, verdict, visible
+from .terminal import chip, counts, verdict, visible
 
 HUES = 6  # colours of pairs, in turn
 SIDE = 224  # pixels of a picture on the page, at most
@@ -78,8 +78,8 @@ def page(summary: Sequence[str], rows: Sequence[InspectedRow]) -> str:
     lines = "".join(f"<li>{escape(line)}</li>" for line in summary)
     legend = (
         '<p class="stream"><span class="t paired h0">paired answer token</span> has the same colour in both streams; '
-        '<span class="t answer">unpaired answer token</span>; <span class="image">image × number of its tokens</span>; '
-        "the rest is context. Blanks of answers are dots, line ends ⏎.</p>"
+        '<span class="t answer">unpaired answer token</span>; <span class="image">image × number of its tokens + marks '
+        "that frame it or break its lines</span>; the rest is context. Blanks of answers are dots, line ends ⏎.</p>"
     )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Streams</title>'
@@ -113,7 +113,7 @@ def _side(name: str, view: StreamView) -> str:
 
 def _piece(piece: Piece) -> str:
     if piece.kind == "image":
-        return f'<span class="image">{escape(piece.text)} × {piece.count}</span>'
+        return f'<span class="image">{escape(chip(piece, "×"))}</span>'
     if piece.pair is None:
         text = visible(piece.text) if piece.kind == "answer" else piece.text
         return f'<span class="t {piece.kind}">{escape(text)}</span>'

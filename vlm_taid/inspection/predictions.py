@@ -36,11 +36,12 @@ class Models:
         self.device = device
         self.student: Any = load_model(recipe.student).to(device).eval()  # pyright: ignore[reportArgumentType]
         self.teacher = LiveTeacher(replace(recipe.teacher, zero_stage=0), device)
-        self.head = replace(Head.of(self.student, shared.student_columns_C.to(device)), rest=shared.student_rest_R)
-        shared.check_fits(len(self.head.weight), self.teacher.head_rows)
-        self.teacher.head = replace(
-            self.teacher.head, columns=shared.teacher_columns_C.to(device), rest=shared.teacher_rest_R
+        rest_R, teacher_rest_R = (
+            None if rest is None else rest.to(device) for rest in (shared.student_rest_R, shared.teacher_rest_R)
         )
+        self.head = replace(Head.of(self.student, shared.student_columns_C.to(device)), rest=rest_R)
+        shared.check_fits(len(self.head.weight), self.teacher.head_rows)
+        self.teacher.head = replace(self.teacher.head, columns=shared.teacher_columns_C.to(device), rest=teacher_rest_R)
 
     @torch.no_grad()
     def predict(self, batch: PairedBatch) -> list[Prediction]:

@@ -20,19 +20,21 @@ Kind = Literal["context", "special", "image", "answer", "paired"]
 
 @dataclass(frozen=True)
 class Piece:
-    """A token, or a run of image tokens.
+    """A token, or all tokens of a picture.
 
     Args:
         text: what it stands for.
         kind: ``paired`` and ``answer`` (unpaired) are answers' tokens, ends of turn included; the others are not.
         pair: its pair's number, if it is paired.
         count: its tokens.
+        marks: those of a picture's tokens that are no image tokens, but frame it or break its lines.
     """
 
     text: str
     kind: Kind
     pair: int | None = None
     count: int = 1
+    marks: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def _view(row: Conversation, encoder: StreamEncoder, positions_N: list[int]) -> 
     pair_of = {position + 1: number for number, position in enumerate(positions_N)}  # the token that is predicted
     supervised = {i for answer in stream.answers for i in [*answer.tokens, answer.end_of_turn] if i is not None}
     pieces = list(_pieces(stream, encoder, pair_of, supervised))
-    images = sum(piece.count for piece in pieces if piece.kind == "image")
+    images = sum(piece.count - piece.marks for piece in pieces if piece.kind == "image")
     return StreamView(pieces, len(stream.input_ids_T), images, len(supervised), seen_pictures(encoder, batch.inputs))
 
 
@@ -120,13 +122,27 @@ def _pieces(stream: Stream, encoder: StreamEncoder, pair_of: dict[int, int], sup
     ids = stream.input_ids_T.tolist()
     image_id = getattr(encoder.processor, "image_token_id", None)
     special = encoder.token_bytes.special
-    for is_image, run in groupby(range(len(ids)), key=lambda i: ids[i] == image_id):
-        if is_image:
-            indices = list(run)
-            yield Piece(encoder.token_bytes.text(ids[indices[0]]), "image", None, len(indices))
+    picture_T = _picture_of(stream, encoder)
+    for picture, run in groupby(range(len(ids)), key=lambda i: picture_T[i]):
+        if picture is not None:
+            its_ids = [ids[i] for i in run]
+            marks = sum(i != image_id for i in its_ids)
+            yield Piece(str(encoder.processor.image_token), "image", None, len(its_ids), marks)
             continue
         for i in run:
             kind: Kind = "paired" if i in pair_of else "answer" if i in supervised else "context"
             if kind == "context" and ids[i] in special:
                 kind = "special"
             yield Piece(encoder.token_bytes.text(ids[i]), kind, pair_of.get(i))
+
+
+def _picture_of(stream: Stream, encoder: StreamEncoder) -> list[int | None]:
+    """For each token the number of the picture that it stands for, or None."""
+    if not stream.images:
+        return [None] * len(stream.input_ids_T)
+    encoded = encoder.tokenizer(stream.text, add_special_tokens=False, return_offsets_mapping=True)
+    assert encoded["input_ids"] == stream.input_ids_T.tolist()
+    return [
+        next((n for n, (start, stop) in enumerate(stream.images) if start <= begin < end <= stop), None)
+        for begin, end in encoded["offset_mapping"]
+    ]

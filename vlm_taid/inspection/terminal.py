@@ -7,7 +7,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from .rows import InspectedRow, StreamView
+from .rows import InspectedRow, Piece, StreamView
 
 COLOURS = ("cyan", "yellow", "green", "magenta", "blue", "red")  # of pairs, in turn
 
@@ -55,6 +55,12 @@ def verdict(row: InspectedRow) -> str:
     )
 
 
+def chip(piece: Piece, times: str) -> str:
+    """A picture's tokens in words."""
+    marks = f" + {piece.marks} marks" if piece.marks else ""
+    return f"{piece.text} {times} {piece.count - piece.marks}{marks}"
+
+
 def visible(text: str) -> str:
     """A token's text with its blanks and line ends made visible."""
     return text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·")
@@ -64,7 +70,7 @@ def _stream(view: StreamView) -> Text:
     text = Text()
     for piece in view.pieces:
         if piece.kind == "image":
-            text.append(f"[{piece.text} x {piece.count}]", style="reverse dim")
+            text.append(f"[{chip(piece, 'x')}]", style="reverse dim")
         elif piece.pair is not None:
             text.append(visible(piece.text), style=f"underline {COLOURS[piece.pair % len(COLOURS)]}")
         elif piece.kind == "answer":

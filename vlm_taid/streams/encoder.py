@@ -26,12 +26,14 @@ from .token_bytes import TokenBytes
 
 @dataclass(frozen=True)
 class Stream:
-    """A row as one model reads it: rendered text, ids, answers."""
+    """A row as one model reads it: rendered text with its images expanded, ids, answers, and where in the text, in
+    characters, the images stand with the marks that frame and break them."""
 
     row: str
     text: str
     input_ids_T: Tensor
     answers: list[Answer]
+    images: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass
@@ -177,12 +179,12 @@ class StreamEncoder:
                 refused[index] = BadRow(conversation.row, reason)
                 continue
             ids_T = output["input_ids"][index, :length]
-            text = _expanded(texts[index], replaced_B[index])
+            text, images_here = _expanded(texts[index], replaced_B[index])
             spans_here = [_shifted(span, replaced_B[index]) for span in spans[index]]
             ends = self._ends if conversation.templated else {self.tokenizer.eos_token_id}
             offsets = Offsets(processed.encodings_B[index], length)
             answers = find_answers(text, ids_T.tolist(), offsets, spans_here, ends, self.token_bytes)
-            streams.append(Stream(conversation.row, text, ids_T, answers))
+            streams.append(Stream(conversation.row, text, ids_T, answers, images_here))
         if refused:
             return EncodedBatch(refused=refused)
         finish(self.processor, output, streams)
@@ -249,9 +251,12 @@ def _shifted(span: tuple[int, int], replaced: list[dict]) -> tuple[int, int]:
     return span[0] + shift, span[1] + shift
 
 
-def _expanded(text: str, replaced: list[dict]) -> str:
-    pieces, at = [], 0
+def _expanded(text: str, replaced: list[dict]) -> tuple[str, list[tuple[int, int]]]:
+    """A text with its images expanded, and where in it they stand."""
+    expanded, spans, at = "", [], 0
     for item in replaced:
-        pieces += [text[at : item["span"][0]], item["replacement"]]
+        expanded += text[at : item["span"][0]]
+        spans.append((len(expanded), len(expanded) + len(item["replacement"])))
+        expanded += item["replacement"]
         at = item["span"][1]
-    return "".join([*pieces, text[at:]])
+    return expanded + text[at:], spans
