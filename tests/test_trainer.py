@@ -109,12 +109,14 @@ def test_bf16_autocast_run_keeps_fp32_logits(pair):
 
 
 def test_sft_is_the_same_path_without_a_teacher(pair):
-    recipe = Recipe.load(pair[0]("no_teacher", name="sft"))
+    recipe = Recipe.load(pair[0]("no_teacher", name="sft"), ["--objective.diagnostics", "true"])
     trainer = build_trainer(recipe, recipe.arguments())
     assert trainer.teacher is None and trainer.schedule is None
     trainer.train()
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     assert losses[-1] < losses[0]
+    log = next(log for log in trainer.state.log_history if "loss" in log)
+    assert log["student_entropy"] > 0 and log["head_mass"] > log["tail_mass"] > 0 and "teacher_kl" not in log
 
 
 def test_sharded_teachers_config_has_no_optimizer():

@@ -19,7 +19,6 @@ from .checkpoints import MANIFEST, broken, newest_whole
 from .data import ConversationDataset
 from .errors import InputError
 from .model_card import model_card
-from .objectives import rows_at_a_time
 from .pairing import paired_collator
 from .pretrained import load_model
 from .recipe import Recipe
@@ -154,6 +153,7 @@ def build_trainer(recipe: Recipe, arguments: DistillationArguments) -> Distillat
         rollout=rollout,
         tower_training=recipe.student.tower_mode == "train",
         memory=recipe.objective.memory,
+        diagnostics=recipe.objective.diagnostics,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=collator.student.processor,
@@ -161,8 +161,7 @@ def build_trainer(recipe: Recipe, arguments: DistillationArguments) -> Distillat
     if teacher is not None and vocabulary is not None:
         trainer.accelerator.print(
             f"{'one encoding serves both models' if collator.shared else 'each model has its own token stream'}; "
-            f"{len(vocabulary):,} shared tokens (heads of {head_rows(student):,} and {teacher.head_rows:,} rows); "
-            f"{rows_at_a_time(head_rows(student), recipe.objective.memory)} answer tokens' logits at a time"
+            f"{len(vocabulary):,} shared tokens (heads of {head_rows(student):,} and {teacher.head_rows:,} rows)"
         )
     return trainer
 

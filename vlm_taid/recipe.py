@@ -68,13 +68,15 @@ class ObjectiveOptions:
     """Several teachers: what of theirs is averaged by weight, logits or probabilities."""
     memory: float = 256.0
     """MiB for the logits of the answer tokens that are in memory at a time."""
+    diagnostics: bool = False
+    """Log entropies, KL to the teacher, agreement, and the student's mass in head and tail (the paper's table 3)."""
 
     def objective(self) -> Objective:
         """The objective, after a check that no option of another one is set."""
         if not self.memory > 0:
             raise InputError(f"objective.memory must be positive, not {self.memory}")
         known = {f.name for f in dataclasses.fields(OBJECTIVES[self.name]) if f.init}
-        known |= {"name", "memory", "mix"}
+        known |= {"name", "memory", "mix", "diagnostics"}
         if self.name == "taid":
             known |= {f.name for f in dataclasses.fields(TAIDSchedule)}
         if self.name == "ctkd":

@@ -32,6 +32,8 @@ from .objectives import (
     Objective,
     TAIDSchedule,
     as_slice,
+    chunk_rows,
+    diagnostic_names,
     linear_distillation,
     redirected,
 )
@@ -79,6 +81,7 @@ class DistillationTrainer(ResumableTrainer):
         rollout: samples answers in place of the data's; None: the data's alone.
         tower_training: vision towers in train mode (dropout, BatchNorm statistics); else they stay in eval mode.
         memory: MiB for the logits that the fused loss holds at a time.
+        diagnostics: log ``diagnostic_names`` too.
         trainer_options: further arguments of Trainer (datasets, callbacks, processing_class, ...).
     """
 
@@ -97,6 +100,7 @@ class DistillationTrainer(ResumableTrainer):
         rollout: Rollout | None = None,
         tower_training: bool = False,
         memory: float = MEMORY,
+        diagnostics: bool = False,
         **trainer_options: Any,
     ):
         super().__init__(model, args, data_collator=collator, **trainer_options)
@@ -117,7 +121,9 @@ class DistillationTrainer(ResumableTrainer):
         self.head: Head | None = None  # proven at the first forward, inside the wrapper
         self.refused: Counter[str] = Counter()  # messages of this rank's refused rows
         self.refused_rows = self.seen_tokens = 0  # over all ranks
-        self._step_sums = torch.zeros(4, dtype=torch.float64, device=args.device)
+        self.diagnostics = diagnostic_names(teacher is not None) if diagnostics else ()
+        self.chunk_rows: int | None = None  # answer tokens whose logits are in memory at a time, in training
+        self._step_sums = torch.zeros(4 + len(self.diagnostics), dtype=torch.float64, device=args.device)
         self._step_tokens = 0.0
         self._window = Window()
 
@@ -165,6 +171,7 @@ class DistillationTrainer(ResumableTrainer):
         output = self._objective(model, inputs, self.objective, self.schedule.t if self.schedule else None)
         none_N = torch.zeros_like(output.kl_N)
         extra = [none_N if value_N is None else value_N for value_N in (output.temperature_gradient_N, output.rest_N)]
+        extra += [] if output.diagnostics_DN is None else output.diagnostics_DN
         self._step_sums += torch.stack([output.ce_N, output.kl_N, *extra]).double().sum(-1).detach()
         return output.loss_N.sum() / num_items_in_batch * self.accelerator.num_processes
 
@@ -181,16 +188,14 @@ class DistillationTrainer(ResumableTrainer):
         # plain tuples of tensors leave the wrappers: their backward hooks see nothing else
         def at_the_head(hidden_NH: Tensor) -> tuple[Tensor | None, ...]:
             assert self.head is not None
-            output = linear_distillation(
-                hidden_NH,
-                self.head,
-                target,
-                objective,
-                t=t,
-                labels_N=batch["labels_N"],
-                temperature=self.temperature.value if objective.name == "ctkd" and self.temperature else None,
-                memory=self.memory,
-            )
+            training = objective is self.objective and torch.is_grad_enabled()
+            temperature = self.temperature.value if objective.name == "ctkd" and self.temperature else None
+            call: Any = {"t": t, "temperature": temperature, "memory": self.memory}
+            if training and self.chunk_rows is None:
+                self.chunk_rows = chunk_rows(self.head, target, objective, **call)
+                self.accelerator.print(f"{self.chunk_rows} answer tokens' logits at a time")
+            call |= {"labels_N": batch["labels_N"], "diagnose": training and bool(self.diagnostics)}
+            output = linear_distillation(hidden_NH, self.head, target, objective, **call)
             return tuple(vars(output).values())
 
         def forward() -> tuple[Tensor | None, ...]:
@@ -222,12 +227,13 @@ class DistillationTrainer(ResumableTrainer):
     def end_of_step(self) -> None:
         """Moves t and counts, after the optimizer step of ``state.global_step - 1``."""
         self._window.tokens += self._step_tokens
-        if self.teacher is None:
+        if self.teacher is None and not self.diagnostics:
             return
-        ce, kl, slope, rest = self.sum_over_ranks(self._step_sums).tolist()
+        ce, kl, slope, rest, *diagnostics = self.sum_over_ranks(self._step_sums).tolist()
         self._step_sums = torch.zeros_like(self._step_sums)
         self._window.kl += kl
         self._window.rest += rest
+        self._window.diagnostics.update(dict(zip(self.diagnostics, diagnostics, strict=True)))
         if self.rest_watch is not None and (warning := self.rest_watch.add(rest, self._step_tokens)):
             self.accelerator.print(warning)
         if self.schedule is not None:

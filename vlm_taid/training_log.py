@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +22,7 @@ class Window:
         tokens: answer tokens.
         kl: sum of their KL, in nats.
         rest: sum of the teacher's probability of the rest bucket.
+        diagnostics: sums by name, where they are asked for.
         pairing: rows, content shares, first tokens unpaired, identical-next shares (``PairedBatch``).
         sampled_rows, sample_fallbacks: rows that the student was to answer, those that kept the data's answer.
         since: when it began, on the clock of ``time.perf_counter``.
@@ -29,6 +31,7 @@ class Window:
     tokens: float = 0.0
     kl: float = 0.0
     rest: float = 0.0
+    diagnostics: Counter[str] = field(default_factory=Counter)
     pairing: list[float] = field(default_factory=lambda: [0.0] * 4)
     sampled_rows: float = 0.0
     sample_fallbacks: float = 0.0
@@ -49,6 +52,7 @@ class Window:
         means = {}
         if teacher:
             means["kl"] = self.kl / max(self.tokens, 1.0)
+        means |= {name: value / max(self.tokens, 1.0) for name, value in self.diagnostics.items()}
         if paired:
             rows, share, first_unpaired, identical = self.pairing
             means["paired_share"] = share / max(rows, 1.0)

@@ -1,8 +1,9 @@
 """What the student is held against: the schedule of TAID, the objectives, and the fused loss over language heads."""
 
+from .diagnostics import diagnostic_names
 from .divergences import per_token
 from .head import Head, as_slice, redirected
-from .linear import MEMORY, LinearDistillationOutput, linear_distillation, rows_at_a_time
+from .linear import MEMORY, LinearDistillationOutput, chunk_rows, linear_distillation
 from .measures import Measures, measure
 from .objective import FKL, OBJECTIVES, Objective
 from .signals import HiddenSignal, MixedSignal, TeacherSignal, TopKSignal
@@ -24,9 +25,10 @@ __all__ = [
     "TeacherSignal",
     "TopKSignal",
     "as_slice",
+    "chunk_rows",
+    "diagnostic_names",
     "linear_distillation",
     "measure",
     "per_token",
     "redirected",
-    "rows_at_a_time",
 ]

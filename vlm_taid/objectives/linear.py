@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .diagnostics import diagnostic_names, of_student, of_teacher
 from .head import Head
 from .objective import SFT, Inputs, Objective
 from .products import TILE, fp32_results, gradient_dtype, logits, times_weight
@@ -34,6 +35,7 @@ class LinearDistillationOutput:
     kl_N, ce_N: the objective's KL and its cross-entropy form, in nats (see ``Fused``).
     rest_N: the teacher's mass in the rest bucket, as a probability; None without a rest, and for a TopKSignal.
     temperature_gradient_N: of ``ctkd``: d loss / d T, for ``LearnedTemperature.update``.
+    diagnostics_DN: on request: a row for each of ``diagnostic_names``.
     """
 
     loss_N: Tensor
@@ -41,6 +43,7 @@ class LinearDistillationOutput:
     ce_N: Tensor
     rest_N: Tensor | None = None
     temperature_gradient_N: Tensor | None = None
+    diagnostics_DN: Tensor | None = None
 
 
 def linear_distillation(
@@ -55,6 +58,7 @@ def linear_distillation(
     temperature: float | None = None,
     memory: float = MEMORY,
     chunk: int | None = None,
+    diagnose: bool = False,
 ) -> LinearDistillationOutput:
     """The objective at N positions from hidden states, without their logits ever being in memory at once.
 
@@ -75,6 +79,7 @@ def linear_distillation(
         temperature: in the place of the objective's, for ``ctkd``. It divides the logits of the buckets.
         memory: MiB for what is kept of a chunk of rows.
         chunk: rows at a time, whatever their memory.
+        diagnose: whether to make ``diagnostics_DN`` too, from the logits of the same pass.
 
     Returns:
         LinearDistillationOutput; its ``loss_N`` carries gradient to ``hidden_NH`` and to the head's parameters that
@@ -102,13 +107,16 @@ def linear_distillation(
                     f"rest: {objective.name} has no target there"
                 )
     T = objective.temperature if temperature is None else temperature
-    target_t = objective.target_in_logits(t) if T == 1.0 and objective.ce_weight == 0.0 else None
-    if target_t is not None and not streams(head, target):
-        target_t = None
+    target_t = _streamed_target(head, target, objective, t, T)
     chunk = chunk or rows_at_a_time(head.weight.shape[0], memory, streamed=target_t is not None)
     chunk = max(1, -(-len(hidden_NH) // max(1, -(-len(hidden_NH) // chunk))))  # chunks of one size
     inputs = Inputs(t, buckets_N, T)
-    call = _Call(head, target, objective, inputs, labels_N, weights_N, target_t, chunk, torch.is_grad_enabled())
+    diagnostics_DN = None
+    if diagnose:
+        count = len(diagnostic_names(objective.uses_teacher))
+        diagnostics_DN = hidden_NH.new_zeros(count, len(hidden_NH), dtype=torch.float32)
+    gradient = torch.is_grad_enabled()
+    call = _Call(head, target, objective, inputs, labels_N, weights_N, target_t, chunk, gradient, diagnostics_DN)
     with torch.autocast(hidden_NH.device.type, enabled=False):  # it would make the products bf16
         loss_N, values_XN = _LinearDistillation.apply(hidden_NH, head.weight, head.bias, call)
     has_rest = head.has_rest and isinstance(target, HiddenSignal | MixedSignal)
@@ -118,6 +126,7 @@ def linear_distillation(
         values_XN[2],
         values_XN[3] if has_rest else None,
         values_XN[4] if objective.name == "ctkd" else None,
+        diagnostics_DN,
     )
 
 
@@ -133,6 +142,29 @@ def rows_at_a_time(vocabulary: int, memory: float = MEMORY, *, streamed: bool = 
     return max(1, rows // 16 * 16 or rows)
 
 
+def chunk_rows(
+    head: Head,
+    target: TeacherSignal | None,
+    objective: Objective,
+    *,
+    t: float | None = None,
+    temperature: float | None = None,
+    memory: float = MEMORY,
+) -> int:
+    """Rows of a chunk of ``linear_distillation`` with these arguments: by the road that it takes for them."""
+    T = objective.temperature if temperature is None else temperature
+    streamed = _streamed_target(head, target, objective, t, T) is not None
+    return rows_at_a_time(head.weight.shape[0], memory, streamed=streamed)
+
+
+def _streamed_target(
+    head: Head, target: TeacherSignal | None, objective: Objective, t: float | None, T: float
+) -> float | None:
+    """How far a target in logits is from the student's to the teacher's; None: by the dense road."""
+    target_t = objective.target_in_logits(t) if T == 1.0 and objective.ce_weight == 0.0 else None
+    return target_t if streams(head, target) else None
+
+
 @dataclass(frozen=True)
 class _Call:
     head: Head
@@ -144,6 +176,7 @@ class _Call:
     target_t: float | None  # of a streamed KL
     chunk: int
     gradient: bool  # a Function cannot see torch.no_grad() in its forward
+    diagnostics_DN: Tensor | None  # that the chunks fill
 
 
 class _LinearDistillation(torch.autograd.Function):
@@ -166,7 +199,8 @@ class _LinearDistillation(torch.autograd.Function):
                 hidden_nH = hidden_NH[at].detach()
                 if streamed is not None:
                     weights_n = None if call.weights_N is None else call.weights_N[at].float()
-                    gradient_nV = streamed(hidden_nH, at, weights_n, values_XN[:, at], call.gradient)
+                    diagnostics_Dn = None if call.diagnostics_DN is None else call.diagnostics_DN[:, at]
+                    gradient_nV = streamed(hidden_nH, at, weights_n, values_XN[:, at], diagnostics_Dn, call.gradient)
                 else:
                     gradient_nV = _chunk(hidden_nH, at, call, values_XN[:, at])
                 if gradient_nV is None:
@@ -220,6 +254,8 @@ def _chunk(hidden_nH: Tensor, at: slice, call: _Call, values_Xn: Tensor) -> Tens
         if head.has_rest and not isinstance(call.target, TopKSignal):
             values_Xn[3] = (teacher_nB[:, -1] - teacher_nB.logsumexp(-1)).exp()
     student_nB = buckets.logits_nB
+    if call.diagnostics_DN is not None:
+        buckets.diagnose(teacher_nB, call.diagnostics_DN[:, at])
     if T != 1.0:
         student_nB, teacher_nB = student_nB / T, teacher_nB.div_(T)
     labels_n = None if call.inputs.labels_N is None else call.inputs.labels_N[at]
@@ -283,6 +319,20 @@ class _Buckets:
             self.log_z_n1 = logits_nV.logsumexp(-1, keepdim=True)
             self.log_b_n1 = self.logits_nB.logsumexp(-1, keepdim=True)
             self.outside_n = (self.log_z_n1 - self.log_b_n1)[:, 0]
+
+    def diagnose(self, teacher_nB: Tensor | None, out_Dn: Tensor) -> None:
+        """Fills a chunk's diagnostics; a tail's tokens agree with none."""
+        n, V = self.logits_nV.shape
+        of_student(lambda rows: self.logits_nV[rows].softmax(-1), n, V, out_Dn)
+        if teacher_nB is None:
+            return
+        of_teacher(self.logits_nB, teacher_nB, out_Dn)
+        out_Dn[4] += self.outside_n
+        best_n = teacher_nB.argmax(-1)
+        if self.ids_nK is not None:
+            best_n = self.ids_nK.gather(-1, teacher_nB[:, :-1].argmax(-1, keepdim=True))[:, 0]
+        same_n = (self.shared_nC.argmax(-1) == best_n) & (best_n < self.head.width)  # in the rest are many tokens
+        out_Dn[5] = same_n.to(out_Dn.dtype)
 
     def spread(self, gradient_nB: Tensor) -> Tensor:
         """The gradient [n, V] of the objective and of ``outside_n`` from that in the buckets' logits."""

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .diagnostics import TeacherTiles, of_student
 from .head import Head
 from .products import gradient_dtype, product
 from .signals import HiddenSignal, TeacherSignal
@@ -62,17 +63,26 @@ class KLChunks:
                     yield at, None, student_nv, None
 
     def __call__(
-        self, hidden_nH: Tensor, at: slice, weights_n: Tensor | None, values_Xn: Tensor, gradient: bool
+        self,
+        hidden_nH: Tensor,
+        at: slice,
+        weights_n: Tensor | None,
+        values_Xn: Tensor,
+        diagnostics_Dn: Tensor | None,
+        gradient: bool,
     ) -> Tensor | None:
         """Fills a chunk's loss, KL and cross-entropy form; returns the gradient in the raw products, [n, V]."""
         n = hidden_nH.shape[0]
         hidden_nH, hidden_nG = hidden_nH.detach().float(), self.target.hidden_NG[at].detach().float()
         student, teacher, means = [], [], []
+        watched = None if diagnostics_Dn is None else TeacherTiles()
         for mine, theirs, student_nv, teacher_nv in self._tiles(n):
             _logits(hidden_nH, self.head, mine, student_nv)
             if theirs is not None and teacher_nv is not None:
                 _logits(hidden_nG, self.target.head, theirs, teacher_nv)
                 gap_nv = self.gap[: teacher_nv.numel()].view(n, -1)
+                if watched is not None:
+                    watched.add(student_nv, teacher_nv, gap_nv)
                 torch.sub(teacher_nv, student_nv, out=gap_nv).mul_(self.t)
                 torch.add(student_nv, gap_nv, out=teacher_nv)
                 teacher.append(_exponentials(teacher_nv))
@@ -87,6 +97,17 @@ class KLChunks:
         values_Xn[1] = (gap_Kn * share_t_Kn).sum(0) - log_z_t_n + log_z_s_n
         values_Xn[2] = log_z_s_n - (own_Kn * share_t_Kn).sum(0)
         values_Xn[0] = values_Xn[1]
+        if watched is not None and diagnostics_Dn is not None:
+            watched.fill(log_z_s_n, diagnostics_Dn)
+            tiles = [
+                (tile_nv, share_n[:, None])
+                for (*_, tile_nv, _), share_n in zip(self._tiles(n), share_s_Kn, strict=True)
+            ]
+
+            def probabilities(rows: slice) -> Tensor:
+                return torch.cat([tile_nv[rows] * share_n1[rows] for tile_nv, share_n1 in tiles], -1)
+
+            of_student(probabilities, n, self.head.weight.shape[0], diagnostics_Dn)
         if weights_n is not None:
             values_Xn[0] *= weights_n
             share_s_Kn, share_t_Kn = share_s_Kn * weights_n, share_t_Kn * weights_n
