@@ -18,7 +18,7 @@ ALLOWED = {
     "teachers": {"objectives", "pretrained", "streams"},
     "trainable": {"pretrained"},
     "students": {"pretrained", "trainable"},
-    "evaluation": {"data", "objectives", "pretrained", "streams"},
+    "evaluation": {"data", "objectives", "parsing", "pretrained", "streams"},
     "resumable": {"checkpoints"},
     "rollout": {"data", "streams"},
     "training_log": {"objectives"},

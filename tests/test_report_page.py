@@ -13,8 +13,9 @@ from tests.browser import Page, needs_chromium
 from vlm_taid.cli import main
 from vlm_taid.data import SourceOptions
 from vlm_taid.evaluation import Results, Task
-from vlm_taid.evaluation.readers import Row, Rows, image_sha256
+from vlm_taid.evaluation.readers import Row, image_sha256
 from vlm_taid.evaluation.results import sample_line
+from vlm_taid.evaluation.rows import Rows
 from vlm_taid.report import MAX_BYTES, report
 from vlm_taid.report.probabilities import Reader
 

@@ -15,8 +15,10 @@ USAGE = """vlm-taid COMMAND ...
   cache     --config RECIPE.yaml --output DIR                 the teacher's distributions to disk, for teacher.cache
   inspect   --config RECIPE.yaml [--html FILE] [--models]     both token streams side by side, before a run
   plan      --config RECIPE.yaml --gpus N                     will it fit, and how long is a step; no weights needed
-  eval run  --model PATH --data NAME=FILE ...                 score a model on VQA files
-  eval score --predictions FILE --metric NAME                 score saved answers anew, without the model
+  eval run  --model PATH --tasks NAMES | --data NAME=FILE     score a model on benchmarks or on VQA files
+  eval score --predictions FILE [--task NAME]                 score saved answers anew, without the model
+  eval compare RESULTS ...                                    models in rows, tasks in columns, paired differences
+  eval tasks                                                  the benchmarks that come with it
   eval lm   --model PATH --data NAME=FILE [--teacher PATH]    perplexity on held-out text, KL to a teacher
   assemble  --vision timm/NAME --language PATH --output DIR   a new vision-language model from parts
   report    RUN [RUN ...] --output report.html                curves, results and sample answers as one page
@@ -82,21 +84,9 @@ def plan(arguments: list[str]) -> None:
 
 
 def evaluate(arguments: list[str]) -> None:
-    from .evaluation import lm_command, run_command, score_command
-    from .parsing import Parser
+    from .evaluation.subcommands import eval_command
 
-    commands: dict[str, Callable[..., object]] = {"run": run_command, "score": score_command, "lm": lm_command}
-    name = arguments[0] if arguments else ""
-    if name not in commands:
-        raise InputError(
-            "eval has three subcommands: eval run --model PATH --data NAME=FILE; eval score --predictions FILE; "
-            "eval lm --model PATH --data NAME=FILE"
-        )
-    parser = Parser(prog=f"vlm-taid eval {name}", description="Score a model on files of questions, or its answers.")
-    parser.add_function_arguments(commands[name], as_positional=False)
-    # lm-eval's flags are known with dashes and with underscores
-    dashed = [a.split("=")[0].replace("-", "_") + a[len(a.split("=")[0]) :] if a[:2] == "--" else a for a in arguments]
-    commands[name](**vars(parser.parse([f"--{a[2:]}" if a[:2] == "__" else a for a in dashed[1:]])[1]))
+    eval_command(arguments)
 
 
 def assemble(arguments: list[str]) -> None:

@@ -83,11 +83,11 @@ def test_broken_files(tmp_path):
 def test_scoring_leaves_documents_unchanged():
     row = Row(0, {"question": "Q, a?", "answers": [{"answer": "The Dog"}] * 3}, ["The Dog"] * 3, None, "p", [])
     before = copy.deepcopy(row)
-    vqa = Task("t", SourceOptions(path="x", format="vqa"))
+    vqa = Task("t", SourceOptions(path="x", format="vqa"), metric="vqa_accuracy")
     line = sample_line(row, " a dog. ", vqa)
     assert row == before
     assert line["doc"] == row.doc and line["target"] == ["The Dog"] * 3
-    assert line["parsed"] == "dog" and line["vqa_accuracy"] == pytest.approx(2 / 3)
+    assert line["parsed"] == "dog" and line["exact_match"] == pytest.approx(2 / 3)
     assert sample_line(row, " a dog. ", vqa) == line
 
 

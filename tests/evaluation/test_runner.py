@@ -14,7 +14,8 @@ from tests import families
 from vlm_taid.data.sources import SourceOptions
 from vlm_taid.errors import InputError
 from vlm_taid.evaluation import Results, Task, evaluate, load, run_command
-from vlm_taid.evaluation.readers import PromptBatches, Rows, other_rows
+from vlm_taid.evaluation.readers import PromptBatches, other_rows
+from vlm_taid.evaluation.rows import Rows
 from vlm_taid.pretrained import load_processor
 
 
@@ -241,8 +242,8 @@ def test_command_and_two_ranks(model_folder, questions, tmp_path):
     [
         ({"data": "colors"}, "NAME=VALUE"),
         ({"data": "a=x,a=y"}, "twice"),
-        ({"data": ""}, "empty"),
-        ({"data": "a=x.jsonl", "tasks": "b"}, "'b' has no file"),
+        ({"data": ""}, "nothing to run"),
+        ({"data": "a=x.jsonl", "tasks": "b"}, "'b' is no benchmark and has no file"),
         ({"data": "a=x.jsonl", "metric": "exact"}, "unknown metric"),
         ({"data": "a=x.jsonl", "max_new_tokens": 0}, "max_new_tokens"),
     ],

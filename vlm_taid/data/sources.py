@@ -127,6 +127,15 @@ class ConversationDataset(Dataset["Conversation | BadRow"]):
         names = zip(self.source_R.tolist(), self.row_R.tolist(), strict=True)
         return [self.sources[source].row_name(row) for source, row in names]
 
+    def columns(self, index: int) -> tuple[str, Path, dict[str, Any]]:
+        """A row's name, the folder that its pictures' paths start from, and its columns; nothing is checked or opened.
+
+        Raises:
+            BadRow: broken JSON.
+        """
+        source, row = self.sources[self.source_R[index]], int(self.row_R[index])
+        return source.row_name(row), source.folder, source.read(row)
+
     def __getitem__(self, index: int) -> Conversation | BadRow:
         source, row = self.sources[self.source_R[index]], int(self.row_R[index])
         options = source.options

@@ -1,7 +1,7 @@
 """Evaluation: greedy answers to files of questions, scored, saved and compared."""
 
 from vlm_taid.evaluation import metrics
-from vlm_taid.evaluation.command import run_command, score_command
+from vlm_taid.evaluation.command import run_command, tasks_command
 from vlm_taid.evaluation.comparison import (
     Comparison,
     agreement,
@@ -14,9 +14,11 @@ from vlm_taid.evaluation.comparison import (
 from vlm_taid.evaluation.gallery import save_grid
 from vlm_taid.evaluation.language_command import evaluate_text, lm_command
 from vlm_taid.evaluation.models import load
-from vlm_taid.evaluation.readers import Task
 from vlm_taid.evaluation.results import Results, Score, read_samples
 from vlm_taid.evaluation.runner import evaluate
+from vlm_taid.evaluation.saved import score_command
+from vlm_taid.evaluation.tables import compare_command
+from vlm_taid.evaluation.tasks import Task
 
 __all__ = [
     "Comparison",
@@ -27,6 +29,7 @@ __all__ = [
     "agreements",
     "blind_baseline",
     "compare",
+    "compare_command",
     "discordant",
     "evaluate",
     "evaluate_text",
@@ -38,4 +41,5 @@ __all__ = [
     "run_command",
     "save_grid",
     "score_command",
+    "tasks_command",
 ]

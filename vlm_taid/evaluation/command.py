@@ -1,22 +1,27 @@
-"""`vlm-taid eval run`: from the command line's words to an evaluation and its files."""
+"""`vlm-taid eval run` and `eval tasks`: from the command line's words to an evaluation and its files."""
 
 from __future__ import annotations
 
+import difflib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from rich.table import Table
 
-from vlm_taid.data.sources import SourceOptions
 from vlm_taid.errors import InputError
-from vlm_taid.evaluation.metrics import score
+from vlm_taid.evaluation.groups import groups
+from vlm_taid.evaluation.judge import Judge
 from vlm_taid.evaluation.models import load
-from vlm_taid.evaluation.readers import Task
-from vlm_taid.evaluation.results import Results, Score, read_samples
+from vlm_taid.evaluation.results import Results
 from vlm_taid.evaluation.runner import evaluate
+from vlm_taid.evaluation.scoring import scoring
+from vlm_taid.evaluation.tasks import Task, known_tasks, own_task
 
 
 def parse_pairs(text: str | dict[str, str], option: str) -> dict[str, str]:
@@ -51,47 +56,64 @@ def process_group() -> Iterator[bool]:
 
 def run_command(
     model: str,
-    data: dict[str, str] | str,
+    data: dict[str, str] | str | None = None,
     tasks: Sequence[str] | str | None = None,
-    metric: str = "vqa_accuracy",
+    include_path: str | None = None,
+    metric: str | None = None,
+    flavor: Literal["official", "lmms", "vlmevalkit"] | None = None,
+    prompt_style: Literal["lmms", "vlmevalkit", "none"] | None = None,
     processor: str | None = None,
     batch_size: int = 8,
     device: str = "auto",
     dtype: str = "auto",
     limit: int | None = None,
-    max_new_tokens: int = 16,
+    max_new_tokens: int | None = None,
     prompt: str | None = None,
     columns: dict[str, str] | str | None = None,
+    image_root: str | None = None,
     num_workers: int = 1,
+    on_error: Literal["stop", "record"] = "stop",
+    judge_url: str | None = None,
+    judge_model: str | None = None,
     shuffle_images: bool = False,
     seed: int = 0,
     output_path: str | None = None,
     log_samples: bool = True,
+    resume: bool = False,
     trust_remote_code: bool = False,
 ) -> Results:
-    """Answers the questions of one or more files with a model, scores the answers and writes the results.
+    """Answers the questions of benchmarks or files with a model, scores the answers and writes the results.
 
     Works in one process and under torchrun or the deepspeed launcher, where each rank takes a share of the rows.
 
     Args:
         model: Model folder or hub name.
-        data: Files of questions, as NAME=FILE, several with commas between; columns image, question, answer or answers.
-        tasks: Which of these names to run; all if not given.
-        metric: How answers are scored: exact_match, vqa_accuracy, textvqa_accuracy, gqa_exact_match, anls,
-            relaxed_accuracy, relaxed_accuracy_lm_eval or ocrbench.
+        data: Files of questions, as NAME=FILE, several with commas between. A benchmark's name gives its data another
+            place; other names are files with columns image, question, answer or answers.
+        tasks: Benchmarks (vlm-taid eval tasks lists them), groups, or names of --data; all of --data if not given.
+        include_path: A task file of one's own (YAML), or a folder of them.
+        metric: How answers are scored, in place of the task's metric; a file of one's own has exact_match, or
+            vqa_accuracy if its first row has ten references.
+        flavor: Whose convention the metrics follow, where a benchmark has several.
+        prompt_style: Whose prompts are used: lmms, vlmevalkit or none; the flavor's, else the benchmark's first.
         processor: Where the processor lies, if not with the model.
         batch_size: Rows in a batch, for each process.
         device: Torch device, or auto for the GPU if there is one.
         dtype: float32, bfloat16, float16, or auto for the saved type on a GPU and float32 on a CPU.
-        limit: Only the first so many rows of each file; marked in the results.
-        max_new_tokens: Longest answer, in tokens.
-        prompt: How the question is phrased, with {question} in it; the question alone if not given.
+        limit: Only the first so many rows of each task; marked in the results.
+        max_new_tokens: Longest answer, in tokens, in place of the task's; 16 for a file of one's own.
+        prompt: How the question is phrased, with {question} in it, in place of the prompt style.
         columns: Names of the file's columns, as question=q,answers=a.
+        image_root: The folder that image paths start from; the file's own if not given.
         num_workers: Processes that read and prepare rows beside the model.
+        on_error: stop at a row that cannot be read, answered or judged; or record it, and score the others.
+        judge_url: An OpenAI-compatible server that scores what rules cannot, as http://localhost:8000/v1.
+        judge_model: The judge's name at that server.
         shuffle_images: Give each question the picture of another row, to see how much the answers use it.
         seed: Seed of that shuffling.
         output_path: Folder for results, samples and summary; nothing is written if not given.
-        log_samples: Write a line for each answer, which the report needs.
+        log_samples: Write a line for each answer, which the report and eval score need.
+        resume: Go on with a run into the same output_path that was killed.
         trust_remote_code: Run Python code that comes with the model.
 
     Returns:
@@ -100,24 +122,21 @@ def run_command(
     Raises:
         InputError: something given cannot be used; see `load` and `evaluate`.
     """
-    files = parse_pairs(data, "data")
-    names = list(files) if not tasks else tasks.split(",") if isinstance(tasks, str) else list(tasks)
-    if not names:
-        raise InputError("--data is empty; give NAME=FILE")
-    unknown = [name for name in names if name not in files]
-    if unknown:
-        raise InputError(f"task {unknown[0]!r} has no file; give --data {unknown[0]}=FILE")
-    chosen = [
-        Task(
-            name=name,
-            source=SourceOptions(
-                path=files[name], format="vqa", prompt=prompt, columns=parse_pairs(columns or {}, "columns")
-            ),
-            metric=metric,
-            max_new_tokens=max_new_tokens,
-        )
-        for name in names
-    ]
+    if resume and output_path is None:
+        raise InputError("--resume needs the --output_path of the run to go on with")
+    chosen = chosen_tasks(
+        tasks,
+        parse_pairs(data or {}, "data"),
+        include_path,
+        flavor=flavor,
+        prompt_style=prompt_style,
+        prompt=prompt,
+        metric=metric,
+        max_new_tokens=max_new_tokens,
+        columns=parse_pairs(columns or {}, "columns"),
+        image_root=image_root,
+    )
+    judge = make_judge(judge_url, judge_model, output_path)
     with process_group() as first:
         loaded, loaded_processor = load(
             model, processor=processor, dtype=dtype, device=device, trust_remote_code=trust_remote_code
@@ -132,6 +151,10 @@ def run_command(
             shuffle_images=shuffle_images,
             seed=seed,
             model_name=model,
+            on_error=on_error,
+            judge=judge,
+            output_path=output_path,
+            resume=resume,
         )
         if first:
             console = Console()
@@ -141,24 +164,62 @@ def run_command(
         return results
 
 
-def score_command(predictions: str, metric: str) -> Score:
-    """Scores the answers of a samples file anew, without a model.
+def chosen_tasks(
+    names: Sequence[str] | str | None, data: Mapping[str, str], include_path: str | None = None, **options: Any
+) -> list[Task]:
+    """The tasks of a command line.
 
     Args:
-        predictions: A samples_*.jsonl of eval run.
-        metric: How answers are scored, as for eval run.
-
-    Returns:
-        The mean, which is also printed, in percent.
+        names: benchmarks, groups, or names of ``data``; all of ``data`` if None.
+        data: files by task.
+        include_path: more task files.
+        **options: of `TaskFile.build`.
 
     Raises:
-        InputError: the file cannot be read, holds no answers, or a row has no reference.
+        InputError: nothing is chosen, or a name is none of these.
     """
-    samples = read_samples(predictions)
-    try:
-        values = [score(metric, sample["filtered_resps"][0], sample["target"]) for sample in samples]
-    except (KeyError, IndexError, TypeError) as error:
-        raise InputError(f"{predictions}: a line lacks filtered_resps or target: is it a samples file?") from error
-    found = Score.mean(values)
-    print(f"{metric}: {found} of {found.count} rows")
-    return found
+    wanted = list(data) if not names else names.split(",") if isinstance(names, str) else list(names)
+    if not wanted:
+        raise InputError("nothing to run: give --tasks (vlm-taid eval tasks lists them) or --data NAME=FILE")
+    known = known_tasks(include_path)
+    found: dict[str, Task] = {}
+    for name in wanted:
+        for member in groups()[name].tasks if name in groups() else [name]:
+            if member not in known and member not in data:
+                near = difflib.get_close_matches(member, [*known, *groups(), *data], n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise InputError(f"task {member!r} is no benchmark and has no file; give --data {member}=FILE{hint}")
+            if member in known:
+                found[member] = known[member].build(data.get(member), **options)
+            else:
+                found[member] = own_task(member, data[member], **options)
+    return list(found.values())
+
+
+def make_judge(url: str | None, model: str | None, output_path: str | None) -> Judge | None:
+    """The judge of a command line, with its replies kept in the output folder; None if no URL is given."""
+    if url is None and model is None:
+        return None
+    if url is None or model is None:
+        raise InputError("a judge needs both --judge_url and --judge_model")
+    return Judge(url, model, None if output_path is None else Path(output_path) / "judge.jsonl")
+
+
+def tasks_command(include_path: str | None = None) -> None:
+    """Lists the benchmarks: metrics by flavor, prompts, the longest answer, whether a judge is needed.
+
+    Args:
+        include_path: A task file of one's own (YAML), or a folder of them, to be listed too.
+
+    Raises:
+        InputError: a task file cannot be read.
+    """
+    table = Table("task", "metric (flavor)", "prompts", "tokens", "judge", "what it is", show_lines=False)
+    for name, task in sorted(known_tasks(include_path).items()):
+        metrics = "\n".join(f"{metric} ({flavor})" for flavor, metric in task.flavors.items())
+        judge = {None: "", "grade": "needed", "extract": "for some"}[scoring(task.metric).judge]
+        table.add_row(name, metrics, ", ".join(task.prompts), str(task.max_new_tokens), judge, task.description)
+    console = Console()
+    console.print(table)
+    for name, group in groups().items():
+        console.print(f"{name}: the average of {', '.join(group.benchmarks)}")

@@ -12,9 +12,11 @@ from rich.table import Table
 
 from vlm_taid.data.sources import SourceOptions
 from vlm_taid.errors import InputError
+from vlm_taid.evaluation.columns import references_of
 from vlm_taid.evaluation.metrics import normalize_exact
-from vlm_taid.evaluation.readers import Row, Task, references_of
+from vlm_taid.evaluation.readers import Row
 from vlm_taid.evaluation.results import Results, Score, sample_line, versions
+from vlm_taid.evaluation.tasks import Task
 
 Samples = Sequence[Mapping[str, Any]]
 

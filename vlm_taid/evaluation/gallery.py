@@ -13,7 +13,9 @@ from vlm_taid.data.sources import SourceOptions
 from vlm_taid.errors import InputError
 from vlm_taid.evaluation.comparison import Comparison, compare
 from vlm_taid.evaluation.metrics import normalize_exact
-from vlm_taid.evaluation.readers import Rows, image_sha256
+from vlm_taid.evaluation.prompts import prompt_of
+from vlm_taid.evaluation.readers import image_sha256
+from vlm_taid.evaluation.rows import Rows
 
 SYMBOLS = {"right": "✓", "partly": "◐", "wrong": "✗"}
 AGREEING_SHARE = 4  # one picture of so many shows a question on which all models agree
@@ -133,7 +135,7 @@ def gallery(comparison: Comparison, task: str, count: int = 24, data: str | Path
             f"the evaluation of {comparison.reference} has no samples of {task}; run it with --log_samples"
         )
     results = comparison.plain[comparison.reference][task]
-    reference, metric = models[comparison.reference], results.metric(task)
+    reference, metric = models[comparison.reference], results.key(task)
     if any([line["doc_id"] for line in lines] != [line["doc_id"] for line in reference] for lines in models.values()):
         raise InputError(f"the evaluations of {task} answered different rows; run them with the same file and limit")
     texts = [
@@ -143,12 +145,12 @@ def gallery(comparison: Comparison, task: str, count: int = 24, data: str | Path
     if len(models) > 1:
         differs = [[text != row[own] for text in row] for row in texts]
     else:
-        differs = [[line[metric] < 1] for line in reference]
+        differs = [[(line[metric] or 0) < 1] for line in reference]
     questions = [("".join(line["doc"]["image"]), str(line["doc"].get("question", ""))) for line in reference]
     source = dict(results.data["configs"][task]["dataset"])
     if data is not None:
         source["path"] = str(data)
-    rows = Rows(SourceOptions(**source))
+    rows = Rows(SourceOptions(**source), prompt_of(results.data["configs"][task]["prompt"], task))
     cards = []
     for index in choose_rows(questions, differs, count):
         line = reference[index]
@@ -156,7 +158,8 @@ def gallery(comparison: Comparison, task: str, count: int = 24, data: str | Path
         if [image_sha256(image) for image in row.images] != line["doc"]["image"]:
             raise InputError(f"{source['path']}, row {line['doc_id']}: not the picture that was evaluated")
         answers = [
-            Answer(label, lines[index]["filtered_resps"][0], lines[index][metric]) for label, lines in models.items()
+            Answer(label, lines[index]["filtered_resps"][0], lines[index][metric] or 0.0)
+            for label, lines in models.items()
         ]
         references = [text for text, _ in Counter(line["target"]).most_common()]
         cards.append(Card(row, questions[index][1], references, answers, any(differs[index])))

@@ -1,80 +1,26 @@
-"""Tasks, and the way of their rows to the model: row -> prompt -> batch, in the DataLoader's workers."""
+"""The way of a task's rows to the model: row -> prompt -> batch, in the DataLoader's workers."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vlm_taid.data.conversation import Conversation
-from vlm_taid.data.sources import ConversationDataset, SourceOptions
 from vlm_taid.data.templates import left_out_begin
 from vlm_taid.errors import BadRow, InputError
-from vlm_taid.evaluation.metrics import metric, reference_texts
+from vlm_taid.evaluation.rows import Rows
+from vlm_taid.evaluation.tasks import Task
 
 # Rows are sorted by length within a window of so many batches: most of the padding saved, few pictures held at a time.
 BATCHES_PER_WINDOW = 4
-
-
-class Rows(Sequence[Conversation]):
-    """A source's rows, each ending with its question. Pictures are opened when a row is read: BadRow if broken."""
-
-    def __init__(self, source: SourceOptions):
-        self._dataset = ConversationDataset([source], on_bad_row="error", need_answer=False)
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, index: int) -> Conversation:  # pyright: ignore[reportIncompatibleMethodOverride]
-        row = self._dataset[index]
-        if isinstance(row, BadRow):
-            raise row
-        return row
-
-
-@dataclass
-class Task:
-    """One file of questions and how its answers are scored.
-
-    Args:
-        name: the task's name in the results.
-        source: the file, in the ``vqa`` format: image, question, answer or answers; ``source.prompt`` phrases it.
-        metric: a name of `vlm_taid.evaluation.metrics.METRICS`.
-        max_new_tokens: the longest answer, in tokens.
-        category: the column that groups rows for a score each; rows without it have none.
-    """
-
-    name: str
-    source: SourceOptions
-    metric: str = "vqa_accuracy"
-    max_new_tokens: int = 16
-    category: str = "category"
-
-    def __post_init__(self):
-        metric(self.metric)
-        if self.max_new_tokens < 1:
-            raise InputError(f"task {self.name}: max_new_tokens is {self.max_new_tokens}, at least 1 is needed")
-
-    def rows(self) -> Rows:
-        """The task's rows; InputError if the file cannot be read or holds none."""
-        return Rows(self.source)
-
-    def config(self) -> dict[str, Any]:
-        """What of the task goes into the results' ``configs``."""
-        return {
-            "metric": self.metric,
-            "flavor": metric(self.metric).flavor,
-            "prompt": self.source.prompt,
-            "dataset": asdict(self.source),
-            "generation_kwargs": {"max_new_tokens": self.max_new_tokens, "do_sample": False},
-        }
 
 
 @dataclass
@@ -89,6 +35,7 @@ class Row:
         prompt: the rendered text.
         images: the pictures that the model gets.
         image_from: whose pictures these are, if another row's.
+        error: why the row could not be asked; then the rest says nothing.
     """
 
     doc_id: int
@@ -98,6 +45,12 @@ class Row:
     prompt: str
     images: list[Image.Image] = field(repr=False)
     image_from: int | None = None
+    error: str | None = None
+
+    @staticmethod
+    def failed(doc_id: int, error: str) -> Row:
+        """A row that could not be asked."""
+        return Row(doc_id, {}, [], None, "", [], error=error)
 
 
 def image_sha256(image: Image.Image) -> str:
@@ -115,14 +68,6 @@ def text_sha256(text: str) -> str:
 def json_line(value: Any) -> str:
     """One line of JSON with sorted keys; what JSON cannot hold (dates, arrays) is written as its text."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
-
-
-def references_of(fields: Mapping[str, Any], row: str) -> list[str]:
-    """A row's reference answers, from its ``answers`` or else ``answer`` column; BadRow if there are none."""
-    references = reference_texts(fields.get("answers")) or reference_texts(fields.get("answer"))
-    if not references:
-        raise BadRow(row, "no reference answer (column answer or answers)")
-    return references
 
 
 def other_rows(count: int, seed: int) -> list[int]:
@@ -164,18 +109,20 @@ class PromptBatches(IterableDataset):
         processor: a processor, or a tokenizer for text-only models; with a chat template.
         batch_size: rows in a batch.
         shuffle_seed: if not None, each question gets the picture of another row, by this seed.
+        on_error: what a row that cannot be asked does: stop yields its error as said, record ``([row], None)``.
     """
 
     def __init__(
         self,
         task: Task,
-        rows: Sequence[Conversation],
+        rows: Rows,
         doc_ids: Sequence[int],
         processor: Any,
         batch_size: int,
         shuffle_seed: int | None = None,
+        on_error: Literal["stop", "record"] = "stop",
     ):
-        self.task, self.rows, self.doc_ids = task, rows, doc_ids
+        self.task, self.rows, self.doc_ids, self.on_error = task, rows, doc_ids, on_error
         self.processor, self.batch_size = processor, batch_size
         self.order = None if shuffle_seed is None else other_rows(len(rows), shuffle_seed)
         self.multimodal = hasattr(processor, "tokenizer")
@@ -187,17 +134,20 @@ class PromptBatches(IterableDataset):
         starts = range(0, len(self.doc_ids), window)[first::step]
         try:
             for start in starts:
-                yield from self._window(self.doc_ids[start : start + window])
+                yield from self.window(self.doc_ids[start : start + window])
         except InputError as error:
             yield error
 
-    def _window(self, doc_ids: Sequence[int]) -> Iterator[tuple[list[Row], Any]]:
-        conversations = [self.rows[doc_id] for doc_id in doc_ids]
-        messages = [conversation.messages(structured=self.multimodal) for conversation in conversations]
-        prompts = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        begin = left_out_begin(self.processor)
-        prompts = [prompt if prompt.startswith(begin) else begin + prompt for prompt in prompts]
-        read = [self._row(*item) for item in zip(doc_ids, conversations, prompts, strict=True)]
+    def window(self, doc_ids: Sequence[int]) -> Iterator[tuple[list[Row], Any]]:
+        """The batches of these rows; BadRow if one cannot be asked and that is not to be recorded."""
+        read: list[Row] = []
+        for doc_id in doc_ids:
+            try:
+                read.append(self._row(doc_id))
+            except BadRow as error:
+                if self.on_error == "stop":
+                    raise
+                yield [Row.failed(doc_id, str(error))], None
         read.sort(key=lambda row: -len(row.prompt))
         for rows in ([row for row in read if row.images], [row for row in read if not row.images]):
             for start in range(0, len(rows), self.batch_size):
@@ -207,26 +157,33 @@ class PromptBatches(IterableDataset):
                     row.images = []
                 yield batch, inputs
 
-    def _row(self, doc_id: int, conversation: Conversation, prompt: str) -> Row:
+    def _row(self, doc_id: int) -> Row:
+        conversation = self.rows[doc_id]
         if conversation.images and not self.multimodal:
             raise BadRow(conversation.row, "has a picture, but the model reads text only")
+        references = self.task.references(conversation.fields, conversation.row)
         images, image_from = conversation.images, None
         if images and self.order is not None:
             images, image_from = other_images(self.rows, self.order, doc_id)
         category = conversation.fields.get(self.task.category)
         return Row(
             doc_id=doc_id,
-            doc={
-                "question": conversation.turns[-1].text,
-                **conversation.fields,
-                "image": [image_sha256(image) for image in conversation.images],
-            },
-            references=references_of(conversation.fields, conversation.row),
+            doc={**conversation.fields, "image": [image_sha256(image) for image in conversation.images]},
+            references=references,
             category=None if category is None else str(category),
-            prompt=prompt,
+            prompt=self._prompt(conversation),
             images=images,
             image_from=image_from,
         )
+
+    def _prompt(self, conversation: Conversation) -> str:
+        messages = conversation.messages(structured=self.multimodal)
+        try:
+            prompt = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template may refuse a row, and says so by any of jinja's errors
+            raise BadRow(conversation.row, f"the chat template cannot phrase it: {error}") from error
+        begin = left_out_begin(self.processor)
+        return prompt if prompt.startswith(begin) else begin + prompt
 
     def _inputs(self, batch: Sequence[Row]) -> Any:
         # the prompt has its special tokens, the begin of text too

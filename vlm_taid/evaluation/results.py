@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -19,26 +18,32 @@ from typing import Any
 from rich.table import Table
 
 from vlm_taid.errors import InputError
-from vlm_taid.evaluation.metrics import metric, score
-from vlm_taid.evaluation.readers import Row, Task, json_line, text_sha256
+from vlm_taid.evaluation.groups import group_summaries
+from vlm_taid.evaluation.readers import Row, json_line, text_sha256
+from vlm_taid.evaluation.scoring import scoring, stderr, summary
+from vlm_taid.evaluation.tasks import Task
 
 
 @dataclass(frozen=True)
 class Score:
-    """A mean, its standard error (sample standard deviation / sqrt(n); None for one value) and n."""
+    """A score, its standard error (of a mean: sample standard deviation / sqrt(n); None for one value) and n.
 
-    value: float
+    The value is None where there is none yet: a judge has rows to score, or a part that the sum needs is missing.
+    """
+
+    value: float | None
     stderr: float | None
     count: int
 
     @staticmethod
     def mean(values: Sequence[float]) -> Score:
         """The mean of at least one value."""
-        stderr = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-        return Score(statistics.fmean(values), stderr, len(values))
+        return Score(statistics.fmean(values), stderr(values), len(values))
 
     def __str__(self) -> str:
-        """In percent: ``97.3 ± 0.2``."""
+        """In percent: ``97.3 ± 0.2``; a dash for None."""
+        if self.value is None:
+            return "–"
         return f"{100 * self.value:.1f}" + ("" if self.stderr is None else f" ± {100 * self.stderr:.1f}")
 
 
@@ -50,21 +55,38 @@ def sample_line(row: Row, answer: str, task: Task) -> dict[str, Any]:
         answer: the model's text; scored after strip.
         task: names the metric.
     """
-    answer = answer.strip()
+    assert task.metric is not None, "Task.with_metric comes first"
+    arguments = [row.prompt, task.config()["generation_kwargs"]]
+    if row.error is not None:
+        empty = {"doc": {}, "target": [], "resps": [[""]], "filtered_resps": [""], "parsed": None, "category": None}
+        return {
+            "doc_id": row.doc_id,
+            **empty,
+            "arguments": arguments,
+            scoring(task.metric).key: None,
+            "error": row.error,
+        }
+    answer, doc = answer.strip(), json.loads(json_line(row.doc))  # as a reader of the file will see it
     line = {
         "doc_id": row.doc_id,
-        "doc": json.loads(json_line(row.doc)),
+        "doc": doc,
         "target": row.references,
-        "arguments": [row.prompt, task.config()["generation_kwargs"]],
+        "arguments": arguments,
         "resps": [[answer]],
         "filtered_resps": [answer],
-        "parsed": metric(task.metric).normalize(answer) or None,
-        task.metric: score(task.metric, answer, row.references),
+        **scored(answer, doc, row.references, task.metric),
         "category": row.category,
         "doc_hash": text_sha256(json_line(row.doc)),
         "prompt_hash": text_sha256(row.prompt),
     }
     return line if row.image_from is None else line | {"image_from": row.image_from}
+
+
+def scored(answer: str, doc: Mapping[str, Any], references: Sequence[str], metric: str) -> dict[str, Any]:
+    """What a metric adds to a line: ``parsed`` and the score under its key (None: a judge must say)."""
+    found = scoring(metric)
+    parsed, value = found.read(answer, doc, references)
+    return {"parsed": parsed, found.key: value}
 
 
 def versions() -> dict[str, str]:
@@ -80,15 +102,13 @@ def versions() -> dict[str, str]:
     return {"date": date} | found
 
 
-def _summary(samples: Sequence[Mapping[str, Any]], metric_name: str) -> dict[str, Any]:
-    total = Score.mean([sample[metric_name] for sample in samples])
-    return {
-        f"{metric_name},none": total.value,
-        f"{metric_name}_stderr,none": total.stderr,
-        "sample_len": total.count,
-        "n_unparsed": sum(sample["parsed"] is None for sample in samples),
-        "n_errors": 0,  # an error stops the run
-    }
+def _sanitized(model_name: str) -> str:
+    return re.sub(r"[^\w.-]+", "__", model_name).strip("_") or "model"
+
+
+def folder_of(output_path: str | Path, model_name: str) -> Path:
+    """Where a model's files lie under an output folder."""
+    return Path(output_path) / _sanitized(model_name)
 
 
 @dataclass
@@ -120,26 +140,31 @@ class Results:
             chat_template: the template's text, or several by name, or None; its hash is kept.
             run: all that differs between equal runs.
         """
-        results, categories = {}, {}
+        results, categories, metrics = {}, {}, {}
         for name, task in tasks.items():
-            results[name] = {"alias": name} | _summary(samples[name], task.metric)
+            assert task.metric is not None, "Task.with_metric comes first"
+            metrics[name] = task.metric
+            results[name] = {"alias": name} | summary(samples[name], task.metric)
             groups: dict[str, list[dict[str, Any]]] = {}
             for sample in samples[name]:
                 if sample["category"] is not None:
                     groups.setdefault(sample["category"], []).append(sample)
-            categories[name] = {key: _summary(groups[key], task.metric) for key in sorted(groups)}
+            categories[name] = {key: summary(groups[key], task.metric) for key in sorted(groups)}
+        keys = {name: scoring(metric).key for name, metric in metrics.items()}
         data = {
             "results": results,
             "categories": categories,
-            "groups": {},
+            "groups": group_summaries({name: results[name][f"{keys[name]},none"] for name in tasks}),
             "configs": {name: task.config() for name, task in tasks.items()},
             "versions": {name: 1 for name in tasks},
             "n-shot": {name: 0 for name in tasks},
-            "higher_is_better": {name: {task.metric: True} for name, task in tasks.items()},
-            "n-samples": {name: {"original": originals[name], "effective": len(samples[name])} for name in tasks},
+            "higher_is_better": {name: {keys[name]: True} for name in tasks},
+            "n-samples": {
+                name: {"original": originals[name], "effective": results[name]["sample_len"]} for name in tasks
+            },
             "config": {"model": "vlm_taid", "model_args": f"pretrained={model_name}", **config},
             "model_name": model_name,
-            "model_name_sanitized": re.sub(r"[^\w.-]+", "__", model_name).strip("_") or "model",
+            "model_name_sanitized": _sanitized(model_name),
             "chat_template_sha": text_sha256(json_line(chat_template)),
             "git_hash": None,
             "run": dict(run),
@@ -150,26 +175,41 @@ class Results:
         """The name of the task's metric."""
         return self.data["configs"][task]["metric"]
 
+    def key(self, task: str) -> str:
+        """The name of the task's score in a line of its samples, and in the results."""
+        return next(iter(self.data["higher_is_better"][task]))
+
     def score(self, task: str, category: str | None = None) -> Score:
         """A task's score, or that of one of its categories; KeyError if there is none."""
         found = self.data["results"][task] if category is None else self.data["categories"][task][category]
-        name = self.metric(task)
+        name = self.key(task)
         return Score(found[f"{name},none"], found[f"{name}_stderr,none"], found["sample_len"])
 
     def label(self, task: str) -> str:
-        """The task's name, marked if only its first rows were answered."""
-        rows = self.data["n-samples"][task]
-        limited = rows["effective"] < rows["original"]
-        return f"{task} (first {rows['effective']} of {rows['original']} rows)" if limited else task
+        """The task's name, marked if only its first rows were answered, if some failed, or if a judge must see some."""
+        rows, counts, marks = self.data["n-samples"][task], self.data["results"][task], []
+        answered = rows["effective"] + counts["n_errors"]
+        if answered < rows["original"]:
+            marks.append(f"first {answered} of {rows['original']} rows")
+        if counts["n_errors"]:
+            marks.append(f"{counts['n_errors']} rows with errors are not in the score")
+        if counts.get("n_unjudged", 0):
+            marks.append(f"{counts['n_unjudged']} rows wait for a judge")
+        return f"{task} ({'; '.join(marks)})" if marks else task
 
     def lines(self) -> list[tuple[str, str, str, str, str]]:
         """(task, category or "all", metric, score in percent, rows), as texts, in order."""
-        return [
+        lines = [
             (self.label(task), category or "all", self.metric(task), str(found), str(found.count))
             for task in self.data["results"]
             for category in [None, *self.data["categories"][task]]
             for found in [self.score(task, category)]
         ]
+        for name, group in self.data["groups"].items():
+            missing = f"without {', '.join(group['missing'])}" if group["missing"] else "all"
+            average = "–" if group["average"] is None else f"{group['average']:.1f}"
+            lines.append((name, missing, "average", average, "–"))
+        return lines
 
     def table(self) -> Table:
         """The scores in percent, to be printed with rich."""
@@ -198,7 +238,7 @@ class Results:
         Returns:
             The results file.
         """
-        folder = Path(output_path) / self.data["model_name_sanitized"]
+        folder = folder_of(output_path, self.data["model_name"])
         folder.mkdir(parents=True, exist_ok=True)
         stamp = self.data["run"]["date"].replace(":", "-").removesuffix("+00-00")
         path = folder / f"results_{stamp}.json"
@@ -208,6 +248,9 @@ class Results:
                 (folder / f"samples_{task}_{stamp}.jsonl").write_text(text, encoding="utf-8")
         (folder / "summary.md").write_text(self.markdown(), encoding="utf-8")
         path.write_text(json.dumps(self.data, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        for task in self.samples:  # the journal of the run has done its work
+            for unfinished in folder.glob(f"unfinished_{task}_rank*.jsonl"):
+                unfinished.unlink()
         return path
 
     @staticmethod

@@ -146,7 +146,7 @@ def agreement_figure(comparison: Comparison) -> str:
     for index, label in enumerate(models):
         found = [(place, scores[label]) for place, (_, scores) in enumerate(rows) if label in scores]
         places = [place + (index - (len(models) - 1) / 2) * height for place, _ in found]
-        shares = [100 * score.value for _, score in found]
+        shares = [100 * (score.value or 0.0) for _, score in found]
         errors = [100 * (score.stderr or 0.0) for _, score in found]
         style = {"fmt": "o", "color": COLORS[index % len(COLORS)], "capsize": 3, "markersize": 5}
         axes.errorbar(shares, places, xerr=errors, label=label, **style)

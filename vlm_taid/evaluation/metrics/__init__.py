@@ -72,7 +72,7 @@ def score(name: str, prediction: Any, references: Any = None, **options: Any) ->
     """Scores an answer, reads what it means, or scores a list of answers, by the metric's name.
 
     Args:
-        name: one of `NAMES`. ``vqa_accuracy`` and ``textvqa_accuracy`` leave one annotator out, so one reference
+        name: one of `NAMES`. all VQA accuracies leave one annotator out, so one reference
             alone always gives 0; ``exact_match`` is this package's plain one: equal after strip and casefold.
         prediction: the model's answer; a list of them for POPE, MME, HallusionBench and the averages.
         references: texts (or VQAv2's ``{"answer": ...}``); for choices a list whose first element holds the options

@@ -70,8 +70,20 @@ def normalize_vqa(text: str) -> str:
     everywhere, else it becomes a blank; digit,comma,digit anywhere makes all marks be deleted. At most 32 full stops
     go. All of this is the official behaviour, kept as it is.
     """
-    cleaned = re.sub(r"\.(?!\d)", "", fold_marks(text.replace("\n", " ").replace("\t", " ").strip()), count=32)
-    words = (NUMBERS.get(word, word) for word in cleaned.lower().split())
+    return _folded(re.sub(r"\.(?!\d)", "", fold_marks(_one_line(text)), count=32))
+
+
+def normalize_vqa_vlmevalkit(text: str) -> str:
+    """As `normalize_vqa`, but a full stop that touches a digit on either side stays: "5." is not "5"."""
+    return _folded(re.sub(r"(?<!\d)\.(?!\d)", "", fold_marks(_one_line(text))))
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def _folded(text: str) -> str:
+    words = (NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
@@ -95,6 +107,13 @@ def _leave_one_out(prediction: str, references: Sequence[str]) -> float:
     """Mean over the annotators of min(1, matches among the others / 3). Annotators are told apart by position."""
     matches = [prediction == reference for reference in references]
     return sum(min(1.0, (sum(matches) - match) / 3) for match in matches) / len(matches)
+
+
+def _official_vqa(prediction: str, references: Sequence[str]) -> float:
+    """VQAv2's own code folds nothing where all annotators agree: "Red" against ten "red" is 0."""
+    if len(set(references)) > 1:
+        prediction, references = normalize_vqa(prediction), [normalize_vqa(text) for text in references]
+    return _leave_one_out(prediction, references)
 
 
 def _any_equal(prediction: str, references: Sequence[str]) -> float:
@@ -227,8 +246,11 @@ class Metric:
 
 METRICS: dict[str, Metric] = {
     "vqa_accuracy": Metric(normalize_vqa, _leave_one_out, "lmms-0.7.3"),
+    "vqa_accuracy_official": Metric(_one_line, _official_vqa, "official"),
+    "vqa_accuracy_vlmevalkit": Metric(normalize_vqa_vlmevalkit, _leave_one_out, "vlmevalkit"),
     "textvqa_accuracy": Metric(normalize_textvqa, _leave_one_out, "lmms-0.7.3"),
     "gqa_exact_match": Metric(normalize_gqa, _any_equal, "lmms-0.7.3"),
+    "gqa_exact_match_vlmevalkit": Metric(lambda text: text.strip().lower(), _any_equal, "vlmevalkit"),
     "exact_match": Metric(normalize_exact, _any_equal, "vlm_taid"),
     "anls": Metric(str, _anls, "lmms-0.7.3"),
     "relaxed_accuracy": Metric(str, _relaxed, "lmms-0.7.3"),

@@ -1,0 +1,47 @@
+"""`vlm-taid eval NAME ...`: the commands, and their options from their signatures and docstrings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from vlm_taid.errors import InputError
+from vlm_taid.evaluation.command import run_command, tasks_command
+from vlm_taid.evaluation.language_command import lm_command
+from vlm_taid.evaluation.saved import score_command
+from vlm_taid.evaluation.tables import compare_command
+from vlm_taid.parsing import Parser
+
+COMMANDS: dict[str, Callable[..., object]] = {
+    "run": run_command,
+    "score": score_command,
+    "compare": compare_command,
+    "tasks": tasks_command,
+    "lm": lm_command,
+}
+
+
+def eval_command(arguments: Sequence[str]) -> None:
+    """``vlm-taid eval NAME ...``: a command of `COMMANDS`, its parameters as options, with dashes or underscores.
+
+    Raises:
+        InputError: no such command or option, or what the command raises.
+    """
+    name = arguments[0] if arguments else ""
+    if name not in COMMANDS:
+        raise InputError(
+            f"eval has these commands: {', '.join(f'eval {known}' for known in COMMANDS)}; --help tells more"
+        )
+    command = COMMANDS[name]
+    parser = Parser(prog=f"vlm-taid eval {name}", description=(command.__doc__ or "").split("\n")[0])
+    if name == "compare":
+        parser.add_argument("evaluations", nargs="+", help="results files or folders, each as PATH or LABEL=PATH")
+    parser.add_function_arguments(command, as_positional=False, skip={"evaluations"})
+    command(**vars(parser.parse([_underscored(argument) for argument in arguments[1:]])[1]))
+
+
+def _underscored(argument: str) -> str:
+    """``--batch-size=2`` as ``--batch_size=2``; what does not begin with two dashes as it is."""
+    if not argument.startswith("--"):
+        return argument
+    option, separator, value = argument[2:].partition("=")
+    return f"--{option.replace('-', '_')}{separator}{value}"
