@@ -16,6 +16,7 @@ if [ "${GPUS:-0}" -lt 1 ]; then
     echo "launch_node.sh: no GPU was found on this node; set GPUS" >&2
     exit 2
 fi
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600} # seconds to save before they are killed
 torchrun --nnodes "$NODES" --node_rank "$NODE" --nproc_per_node "$GPUS" \
     --master_addr "$MASTER" --master_port "${PORT:-29500}" -m vlm_taid distill "$@" &
 launcher=$!
