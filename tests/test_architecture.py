@@ -37,7 +37,8 @@ ALLOWED = {
     "pairing": {"pretrained", "recipe", "streams", "teachers"},
     "caching": {"data", "objectives", "pairing", "recipe", "streams", "teachers"},
     "model_card": {"recipe"},
-    "planning": {"objectives", "pretrained", "recipe"},
+    "footprint": {"data", "pretrained", "streams", "students", "trainable"},
+    "planning": {"footprint", "objectives", "recipe"},
     "distillation": {
         "caching",
         "pairing",
@@ -61,6 +62,7 @@ ALLOWED = {
         "caching",
         "distillation",
         "evaluation",
+        "footprint",
         "inspection",
         "parsing",
         "planning",

@@ -8,13 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from transformers import LlamaConfig, Qwen2Config
 
-from tests.families import llama, llava, qwen2_5_vl, tokenizer
+from tests.families import internvl, llama, llava, qwen2_5_vl, tokenizer
 from tests.runs import recipe_file
 from vlm_taid.cli import main
-from vlm_taid.planning import Machine, Setting, footprint, memory, step_time
-from vlm_taid.pretrained import ModelOptions
+from vlm_taid.data import Conversation, Part, Turn
+from vlm_taid.errors import InputError
+from vlm_taid.footprint import Pictures, footprint
+from vlm_taid.planning import Machine, Setting, memory, step_time
+from vlm_taid.pretrained import ModelOptions, load_model, load_processor
+from vlm_taid.streams import StreamEncoder
+from vlm_taid.students import StudentOptions
+from vlm_taid.trainable import LoRAOptions, freeze, with_adapters
 
 MEASURE = """
 import sys
@@ -127,3 +134,57 @@ def test_a_missing_config_is_an_input_error(capsys, tmp_path):
     recipe = recipe_file(tmp_path / "r.yaml", str(tmp_path / "gone"), None, "rows.jsonl", name="sft")
     assert main(["plan", "--config", str(recipe), "--gpus", "1"]) == 2
     assert "no such model folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", [internvl, qwen2_5_vl])
+def test_pictures_are_counted_as_a_real_run_keeps_them(family, tmp_path):
+    """What autograd keeps of two pictures, on real tensors, up to the decoder; a frozen tower keeps next to nothing."""
+    path, length, pictures = family(tmp_path), 32, Pictures.of(2, "64x56")
+    planned = footprint(StudentOptions(path), length, torch.float32, pictures=pictures)
+    alone = footprint(StudentOptions(path), length, torch.float32)
+    assert [full - without for full, without in zip(planned.activations, alone.activations, strict=True)] == list(
+        planned.pictures_kept
+    )
+    model = load_model(ModelOptions(path)).train()
+    blank = [Part(image=Image.new("RGB", (64, 56))) for _ in range(2)]
+    row = Conversation((Turn("user", (*blank, Part("?"))), Turn("assistant", (Part("!"),))))
+    inputs = StreamEncoder(load_processor(path)).encode_batch([row]).inputs
+    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    def stop(*_):
+        raise StopIteration
+
+    model.get_decoder().register_forward_pre_hook(stop)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), pytest.raises(StopIteration):
+        model.base_model(**inputs, use_cache=False)
+    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    assert planned.pictures_kept[0] == pytest.approx(found, rel=0.05)
+    tower = "vision_tower" if family is internvl else "visual"
+    frozen = footprint(StudentOptions(path, freeze=[tower]), length, torch.float32, pictures=pictures)
+    assert frozen.pictures_kept[0] < 0.3 * planned.pictures_kept[0]
+    assert frozen.picture_flops == planned.picture_flops > 0
+    freeze(model, [tower])
+    assert frozen.trained == sum(p.numel() for p in model.parameters() if p.requires_grad) < frozen.parameters
+
+
+def test_adapters_are_counted_as_peft_makes_them(tmp_path):
+    path, lora = llama(tmp_path), LoRAOptions(rank=4)
+    planned = footprint(StudentOptions(path, freeze=["layers.0"], lora=lora), 16, torch.bfloat16)
+    model = load_model(ModelOptions(path))
+    freeze(model, ["layers.0"])
+    adapted = with_adapters(model, lora, ["layers.0"], seed=0)
+    assert planned.trained == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    plain = footprint(ModelOptions(path), 16, torch.bfloat16)
+    assert not planned.trained_head and planned.parameters == plain.parameters == plain.trained
+    need, whole = (memory(one, 0.0, Setting(2, False, False, 1), 4) for one in (planned, plain))
+    assert need.weights == whole.weights and need.optimizer == 12 * planned.trained / 4 and need.loss < whole.loss
+
+
+def test_a_picture_size_is_two_numbers():
+    with pytest.raises(InputError, match="896x448"):
+        Pictures.of(1, "896")

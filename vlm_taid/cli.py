@@ -60,6 +60,7 @@ def inspect(arguments: list[str]) -> int:
 
 
 def plan(arguments: list[str]) -> None:
+    from .footprint import Pictures
     from .parsing import with_recipe
     from .planning import Machine, plan
     from .recipe import Recipe
@@ -78,9 +79,12 @@ def plan(arguments: list[str]) -> None:
         parser.add_argument(f"--{name}", type=float, default=value, help=f"{sentence} (default: {value:g})")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a row, images included (default: 2048)")
     parser.add_argument("--answer_share", type=float, default=1.0, help="supervised share of a row (default: 1)")
+    parser.add_argument("--pictures", type=int, default=0, help="pictures of a row (default: 0, towers not counted)")
+    parser.add_argument("--picture_size", default="448x448", help="their pixels, width x height (default: 448x448)")
     given, rest = parser.split(arguments)
+    pictures = Pictures.of(given.pictures, given.picture_size)
     machine = Machine(given.gpus, given.gpu_memory, given.reserve, given.gpu_tflops, given.utilisation, given.bandwidth)
-    print(plan(Recipe.parse(rest, parser.names), machine, given.length, given.answer_share))
+    print(plan(Recipe.parse(rest, parser.names), machine, given.length, given.answer_share, pictures))
 
 
 def evaluate(arguments: list[str]) -> None:

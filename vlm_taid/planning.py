@@ -1,8 +1,6 @@
 """plan: will a recipe fit, and how long does a step take, before anything is downloaded but a config.
 
-Models are built as fake tensors, which have shapes and no memory. A forward of a row through the decoder tells its
-operations and the bytes that it keeps for its backward, whatever the family; the rest is arithmetic over ranks and
-stages.
+The models' footprints are measured on fake tensors; the rest is arithmetic over ranks and stages.
 
 Legend of names: bytes are per rank unless said otherwise; a row has ``length`` tokens, image tokens included.
 """
@@ -13,18 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-)
 
 from .errors import InputError
+from .footprint import Footprint, Pictures, footprint
 from .objectives.linear import MEMORY
-from .pretrained import ModelOptions, check_folder
 from .recipe import Recipe
 
 GB = 1e9
@@ -49,84 +39,6 @@ class Machine:
     """The share of that peak which a run reaches."""
     bandwidth: float = 50.0
     """GB/s into one GPU from the others; 50 is a 400 Gbit/s network card for each GPU."""
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """What one model needs, found without its weights."""
-
-    parameters: int
-    head_rows: int
-    width: int
-    length: int
-    flops: float
-    """Operations of one forward of a row of ``length`` tokens, without the language head."""
-    vision: int
-    """Parameters outside the decoder and the head: towers and projectors."""
-    activations: tuple[float, float] = (0.0, 0.0)
-    """Bytes that one row's forward keeps for its backward, without and with gradient checkpointing."""
-
-
-def footprint(options: ModelOptions, length: int, dtype: torch.dtype, *, trained: bool = True) -> Footprint:
-    """Measures a model on fake tensors.
-
-    Args:
-        options: folder or hub id; its config alone is read.
-        length: tokens of a row.
-        dtype: of weights and activations.
-        trained: find the activations too.
-
-    Raises:
-        InputError: the config cannot be read, or the family cannot run on fake tensors.
-    """
-    check_folder(options.path)
-    try:
-        config = AutoConfig.from_pretrained(options.path, trust_remote_code=options.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{options.path}: its config cannot be read: {str(error).splitlines()[0]}") from error
-    is_vlm = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    auto: Any = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
-    activations = (0.0, 0.0)
-    try:
-        with FakeTensorMode():
-            model = auto.from_config(config, dtype=dtype, trust_remote_code=options.trust_remote_code).train()
-            decoder, head = model.get_decoder() if is_vlm else model.base_model, model.get_output_embeddings()
-            counted = FlopCounterMode(display=False)
-            with counted, torch.no_grad():
-                hidden_BTH = decoder(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False)[0]
-            if trained:
-                activations = _activations(decoder, length)
-    except RuntimeError as error:
-        raise InputError(
-            f"{options.path}: it cannot be run without weights, so no plan can be made: {error}"
-        ) from error
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    inside = {id(p): p.numel() for p in [*decoder.parameters(), *head.parameters()]}
-    return Footprint(
-        parameters, head.weight.shape[0], hidden_BTH.shape[-1], length, float(counted.get_total_flops()),
-        parameters - sum(inside.values()), activations,
-    )  # fmt: skip
-
-
-def _activations(decoder: Any, length: int) -> tuple[float, float]:
-    """Bytes that one row's forward keeps for its backward, without and with gradient checkpointing.
-
-    Checkpointed, each layer keeps its input, and one layer at a time all that it needs.
-    """
-    own = {parameter.untyped_storage()._cdata for parameter in decoder.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}  # holds them, so that no address comes twice
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden_BTH = decoder(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False)[0]
-    whole = float(sum(storage.nbytes() for storage in kept.values()))
-    layers = decoder.config.get_text_config().num_hidden_layers
-    return whole, layers * hidden_BTH.untyped_storage().nbytes() + whole / layers
 
 
 @dataclass(frozen=True)
@@ -168,17 +80,17 @@ def memory(student: Footprint, teacher: float, setting: Setting, ranks: int, ans
         ranks: GPUs.
         answer_share: supervised tokens of a row, as a share.
     """
-    P, stage = student.parameters, setting.stage
+    P, trained, stage = student.parameters, student.trained, setting.stage
     half = setting.deepspeed and setting.bf16
     weights = (2.0 if half else 4.0) * (P / ranks + min(LIVE, P) if stage == 3 else P)
-    gradients = (2.0 if half else 4.0) * P / (ranks if stage >= 2 else 1)
-    optimizer = (12.0 if half else 8.0) * P / (ranks if stage >= 1 else 1) * (0 if setting.offload else 1)
+    gradients = (2.0 if half else 4.0) * trained / (ranks if stage >= 2 else 1)
+    optimizer = (12.0 if half else 8.0) * trained / (ranks if stage >= 1 else 1) * (0 if setting.offload else 1)
     activations = setting.rows * student.activations[setting.checkpointing]
     N = setting.rows * student.length * answer_share
     logits = min(MEMORY * 2**20, 4 * 4 * N * student.head_rows)
     hidden = 2 * 4 * N * student.width
-    head = 4.0 * student.head_rows * student.width
-    buckets = min(BUCKETS, 2.0 * P) * (2 if half else 4) if setting.deepspeed and ranks > 1 else 0.0
+    head = 4.0 * student.head_rows * student.width * student.trained_head
+    buckets = min(BUCKETS, 2.0 * trained) * (2 if half else 4) if setting.deepspeed and ranks > 1 else 0.0
     if not setting.deepspeed and not setting.checkpointing:  # the activations are gone when the gradients are whole
         gradients, activations = (gradients, 0.0) if gradients > activations else (0.0, activations)
     return Memory(weights, gradients, optimizer, buckets, teacher, activations, logits + hidden + head)
@@ -226,14 +138,15 @@ def step_time(
         return 2.0 * model.length * answer_share * model.head_rows * model.width
 
     times = 4 if setting.checkpointing else 3
-    student_seconds = rows * (times * student.flops + 3 * heads(student)) / speed
+    seen = times if student.trained_tower else 1
+    student_seconds = rows * (times * student.flops + seen * student.picture_flops + 3 * heads(student)) / speed
     passes = (2 + setting.checkpointing + 1) * accumulation if setting.stage == 3 else 2
     student_gather = passes * 2.0 * student.parameters * others / (machine.bandwidth * GB)
     if teacher is None:
         return StepTime(student_seconds, 0.0, student_gather, 0.0)
     teacher_gather = gathered_bytes(teacher, machine.gpus) * accumulation / (machine.bandwidth * GB)
     return StepTime(
-        student_seconds, rows * (teacher.flops + heads(teacher)) / speed, student_gather,
+        student_seconds, rows * (teacher.flops + teacher.picture_flops + heads(teacher)) / speed, student_gather,
         teacher_gather if teacher_stage == 3 else 0.0,
     )  # fmt: skip
 
@@ -243,7 +156,9 @@ def gathered_bytes(teacher: Footprint, gpus: int) -> float:
     return 2.0 * teacher.parameters * (gpus - 1) / gpus
 
 
-def plan(recipe: Recipe, machine: Machine, length: int = 2048, answer_share: float = 1.0) -> str:
+def plan(
+    recipe: Recipe, machine: Machine, length: int = 2048, answer_share: float = 1.0, pictures: Pictures | None = None
+) -> str:
     """The plan of a recipe, as text.
 
     Args:
@@ -251,6 +166,7 @@ def plan(recipe: Recipe, machine: Machine, length: int = 2048, answer_share: flo
         machine: the GPUs.
         length: tokens of a row, image tokens included.
         answer_share: supervised tokens of a row, as a share.
+        pictures: a row's; None: the vision towers' activations and operations are not counted.
 
     Raises:
         InputError: a config cannot be read, or there are several teachers.
@@ -260,9 +176,11 @@ def plan(recipe: Recipe, machine: Machine, length: int = 2048, answer_share: flo
         raise InputError(
             "plan counts one teacher: give teacher in the place of teachers, with their parameters together"
         )
-    student = footprint(recipe.student, length, torch.bfloat16)
+    student = footprint(recipe.student, length, torch.bfloat16, pictures=pictures)
     live = recipe.teacher is not None and recipe.teacher.cache is None
-    teacher = footprint(recipe.teacher, length, torch.bfloat16, trained=False) if live and recipe.teacher else None
+    teacher = None
+    if live and recipe.teacher is not None:
+        teacher = footprint(recipe.teacher, length, torch.bfloat16, trained=False, pictures=pictures)
     stage_of_teacher = recipe.teacher.zero_stage if recipe.teacher else 0
     kept = {0: 0.0, 3: 0.0}
     if teacher is not None:
@@ -331,12 +249,14 @@ def plan(recipe: Recipe, machine: Machine, length: int = 2048, answer_share: flo
 
 def _about(model: Footprint) -> str:
     vision = f", {model.vision / GB:.2f} of them in the vision part" if model.vision else ""
-    tower = "; its activations and operations are not counted" if model.vision else ""
+    trained = f", {model.trained / GB:.3f} of them trained" if model.trained < model.parameters else ""
     plain, checkpointed = (f"{value / GB:.2f} GB" for value in model.activations)
     kept = f"; its activations {plain}, with gradient checkpointing {checkpointed}" if any(model.activations) else ""
+    pictures = f" and {model.picture_flops / 1e12:.2f} for its pictures" if model.picture_flops else ""
+    tower = "; pictures are not counted: give --pictures" if model.vision and not pictures else ""
     return (
-        f"{model.parameters / GB:.2f} billion parameters{vision}, {2 * model.parameters / GB:.1f} GB in bf16; a row "
-        f"takes {model.flops / 1e12:.2f} TFLOP forward{kept}{tower}"
+        f"{model.parameters / GB:.2f} billion parameters{vision}{trained}, {2 * model.parameters / GB:.1f} GB in bf16; "
+        f"a row takes {model.flops / 1e12:.2f} TFLOP forward{pictures}{kept}{tower}"
     )
 
 

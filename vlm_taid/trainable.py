@@ -65,22 +65,12 @@ def check_trainable(model: nn.Module) -> None:
         raise InputError("student.freeze leaves nothing that is trained: name fewer parts")
 
 
-def with_adapters(model: Any, options: LoRAOptions, frozen: Sequence[str], seed: int) -> Any:
-    """The model with fresh adapters: a PeftModel, which starts as the model itself.
-
-    Args:
-        model: a transformers model.
-        options: LoRAOptions.
-        frozen: parts that get none.
-        seed: of the adapters' weights.
+def adapted_layers(model: Any, options: LoRAOptions, frozen: Sequence[str]) -> list[str]:
+    """Names of the linear layers that get adapters.
 
     Raises:
-        InputError: peft is not installed, the language head is named, or a name has no linear layer.
+        InputError: the language head is named, or a name has no linear layer.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise InputError("student.lora needs peft: pip install 'vlm-taid[peft]'") from error
     head = model.get_output_embeddings()
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     for pattern in options.modules:
@@ -101,6 +91,26 @@ def with_adapters(model: Any, options: LoRAOptions, frozen: Sequence[str], seed:
     ]
     if not targets:
         raise InputError("student.lora: no linear layer is left that is not frozen")
+    return targets
+
+
+def with_adapters(model: Any, options: LoRAOptions, frozen: Sequence[str], seed: int) -> Any:
+    """The model with fresh adapters: a PeftModel, which starts as the model itself.
+
+    Args:
+        model: a transformers model.
+        options: LoRAOptions.
+        frozen: parts that get none.
+        seed: of the adapters' weights.
+
+    Raises:
+        InputError: peft is not installed, the language head is named, or a name has no linear layer.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise InputError("student.lora needs peft: pip install 'vlm-taid[peft]'") from error
+    targets = adapted_layers(model, options, frozen)
     config = LoraConfig(
         r=options.rank, lora_alpha=options.alpha, lora_dropout=options.dropout, target_modules=targets  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
