@@ -228,6 +228,9 @@ def test_only_the_same_run_is_continued(model, rows, tmp_path):
     assert answers(run(model, rows, output_path=tmp_path, resume=True)) == ["from the journal"] * 12
     journal.write_text("\n".join(["0" * 64, *map(json.dumps, changed)]) + "\n")
     assert answers(run(model, rows, output_path=tmp_path, resume=True)) == answers(first)
+    failed = json.loads(lines[0]) | {"filtered_resps": [""], "error": "a picture that is there now"}
+    journal.write_text("\n".join([mark, json.dumps(failed), *map(json.dumps, changed[1:])]) + "\n")
+    assert answers(run(model, rows, output_path=tmp_path, resume=True)).count("from the journal") == 11
     journal.write_text(text)
     parameter = next(model[0].parameters())
     with torch.no_grad():

@@ -3,6 +3,7 @@
 import pytest
 
 from vlm_taid.errors import InputError
+from vlm_taid.evaluation.columns import choices_of, references_of
 from vlm_taid.evaluation.metrics import score
 from vlm_taid.evaluation.scoring import SCORINGS, scoring, summary
 
@@ -37,6 +38,27 @@ def lines(metric, *rows):
 )  # fmt: skip
 def test_flavors_of_the_same_question(metric, prediction, references, expected):
     assert score(metric, prediction, references) == pytest.approx(expected)
+
+
+def test_a_number_is_an_index_or_an_option():
+    counts = {"options": ["1", "2", "3", "4"], "answer": "1"}  # AI2D: the second option
+    assert references_of(counts, "row", choice=True) == ["B"]
+    assert references_of({"choices": ["1", "2"], "answer": 0}, "row", choice=True) == ["A"]
+    problem = {"choices": ["1", "2"], "answer": "1", "question_type": "multi_choice", "answer_type": "text"}
+    assert (
+        lines("mathvista", ("(A)", problem, ["1"]), ("(B)", problem, ["1"]))[0]["accuracy"] == 1
+    )  # MathVista: the first
+
+
+def test_options_inside_the_question():
+    """MMStar on the hub; where they cannot be told apart, the letter is still read."""
+    row = {"question": "What is it?\nOptions: A: a dog, B: vitamin B, C: cat, D: fish", "answer": "C"}
+    assert choices_of(row) == {"A": "a dog", "B": "vitamin B", "C": "cat", "D": "fish"}
+    row = {"question": "What is it?\nOptions: A: dog, B: vitamin A: good, C: cat, D: fish", "answer": "C"}
+    assert choices_of(row) == dict.fromkeys("ABCD", "")
+    made = lines("mcq_vlmevalkit", ("C", row, ["C"]), ("cat", row, ["C"]))
+    assert [line["parsed"] for line in made] == ["C", None]
+    assert choices_of({"question": "Which colour?", "answer": "red"}) == {}
 
 
 def test_an_answer_that_means_nothing_is_wrong_and_counted():

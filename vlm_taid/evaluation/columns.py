@@ -81,16 +81,31 @@ def options_in(question: str) -> dict[str, str]:
     return {letter: text.strip().rstrip(",;").strip() for letter, text in zip(letters, texts, strict=True)}
 
 
-def right_letter(row: Mapping[str, Any], options: Mapping[str, str]) -> str | None:
-    """The letter of the right option: ``answer`` as a letter, an index from 0, or an option's text; None if neither."""
-    answer = row.get("answer")
-    if isinstance(answer, str) and answer.strip() in options:
-        return answer.strip()
-    text = str(answer).strip()
-    letters = list(options)
-    if text.isdecimal() and int(text) < len(letters) and text not in options.values():
+def choices_of(row: Mapping[str, Any]) -> dict[str, str]:
+    """The options of a multiple-choice row: its columns', else those inside its question, else the letters alone.
+
+    Letters alone (A to D, without texts) if the answer is a capital letter: then an answer can be read by its letter.
+    """
+    options = options_of(row) or options_in(str(row.get("question")))
+    if not options and str(row.get("answer")).strip() in tuple("ABCD"):
+        return dict.fromkeys("ABCD", "")
+    return options
+
+
+def right_letter(row: Mapping[str, Any], options: Mapping[str, str], *, text_first: bool = False) -> str | None:
+    """The letter of the right option: ``answer`` as a letter, an index from 0 or an option's text; None if neither.
+
+    Options may be numbers: then "1" is the index (AI2D, ScienceQA), or the option with ``text_first`` (MathVista).
+    """
+    text, letters = str(row.get("answer")).strip(), list(options)
+    by_text = next((letter for letter, option in options.items() if option.strip() == text), None)
+    if text_first and by_text is not None:
+        return by_text
+    if text in options:
+        return text
+    if text.isdecimal() and int(text) < len(letters):
         return letters[int(text)]
-    return next((letter for letter, option in options.items() if option.strip() == text), None)
+    return by_text
 
 
 def references_of(row: Mapping[str, Any], name: str, *, choice: bool = False) -> list[str]:
@@ -104,7 +119,7 @@ def references_of(row: Mapping[str, Any], name: str, *, choice: bool = False) ->
     Raises:
         BadRow: there is none.
     """
-    options = (options_of(row) or options_in(str(row.get("question")))) if choice else {}
+    options = choices_of(row) if choice else {}
     if options:
         letter = right_letter(row, options)
         if letter is None:

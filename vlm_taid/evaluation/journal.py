@@ -28,13 +28,15 @@ class Journal:
         return sorted(self.folder.glob(f"unfinished_{task}_rank*.jsonl"))
 
     def read(self, task: str) -> list[dict[str, Any]]:
-        """The task's lines of the same run, whichever rank wrote them, each row once."""
+        """The task's answers of the same run, whichever rank wrote them, each row once; errors are tried again."""
         found: dict[int, dict[str, Any]] = {}
         for path in self._files(task):
             mark, *lines = path.read_text(encoding="utf-8").split("\n")
             if mark == self._mark:
                 for line in lines[:-1]:  # what follows the last line break is empty, or cut short
                     sample = json.loads(line)
+                    if "error" in sample:
+                        continue
                     found[sample["doc_id"]] = sample
         return list(found.values())
 

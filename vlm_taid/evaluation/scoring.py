@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vlm_taid.errors import InputError
-from vlm_taid.evaluation.columns import options_in, options_of, right_letter
+from vlm_taid.evaluation.columns import choices_of, options_of, right_letter
 from vlm_taid.evaluation.metrics import METRICS, choice, score, yesno
 
 Row = Mapping[str, Any]
@@ -62,15 +62,11 @@ def _ocrbench(flavor: str) -> Scoring:
     return Scoring(read, "lmms-0.7.3" if flavor == "lmms" else flavor)
 
 
-def _options(row: Row) -> dict[str, str]:
-    return options_of(row) or options_in(str(row.get("question")))
-
-
 def _choice(letter_of: Callable[[str, dict[str, str]], str | None], flavor: str, **more: Any) -> Scoring:
     """Multiple choice: a letter is read and compared. Z, a refusal, is understood and wrong."""
 
     def read(answer: str, row: Row, references: Sequence[str]) -> Read:
-        letter = letter_of(answer, _options(row))
+        letter = letter_of(answer, choices_of(row))
         return letter, float(letter == references[0])
 
     return Scoring(read, flavor, choice=True, **more)
@@ -224,7 +220,7 @@ def mathvista_problem(row: Row, references: Sequence[str]) -> dict[str, Any]:
     """The row as `metrics.mathvista_normalize` takes it: options as a list, the answer as the option's text."""
     options = options_of(row)
     answer = references[0]
-    letter = right_letter(row, options) if options else None
+    letter = right_letter(row, options, text_first=True) if options else None
     return {**row, "choices": list(options.values()), "answer": answer if letter is None else options[letter]}
 
 
