@@ -21,7 +21,7 @@ from .products import gradient_dtype, product
 from .signals import HiddenSignal, TeacherSignal
 
 CACHED = 2**19  # logits of a tile on a CPU: 2 MiB; a GPU takes larger tiles, for fewer launches (not run here)
-CAST_BYTES = 2**25  # of a tile of half-precision weights that is in fp32 at a time, on a CPU
+CAST_BYTES = 2**24  # of a tile of half-precision weights that is in fp32 at a time, on a CPU
 
 
 def streams(head: Head, target: TeacherSignal | None) -> bool:
@@ -46,6 +46,11 @@ class KLChunks:
         self.teacher = torch.empty(rows * head.width, dtype=torch.float32, device=device)
         self.gap = torch.empty(rows * self.tile, dtype=torch.float32, device=device)
         self.gradient = torch.empty(rows, V, dtype=gradient_dtype(head.weight), device=device)
+        # one buffer for all tiles: the C library's heap grows when each has its own
+        casts = [
+            one.weight for one in (head, target.head) if one.weight.dtype != torch.float32 and not one.weight.is_cuda
+        ]
+        self.cast = torch.empty(self.tile * max((weight.shape[1] for weight in casts), default=0))
 
     def _tiles(self, n: int) -> Iterator[tuple[slice, slice | None, Tensor, Tensor | None]]:
         """Rows of both heads, and the places [n, v] of their logits; the student's padding has no teacher's."""
@@ -62,6 +67,15 @@ class KLChunks:
                 else:
                     yield at, None, student_nv, None
 
+    def _logits(self, hidden_nH: Tensor, head: Head, at: slice, out_nv: Tensor) -> None:
+        weight_vH = head.weight.detach()[at]
+        if weight_vH.dtype != torch.float32 and not weight_vH.is_cuda:
+            weight_vH = self.cast[: weight_vH.numel()].view_as(weight_vH).copy_(weight_vH)
+        product(hidden_nH, weight_vH.T, out_nv)
+        if head.bias is not None:
+            out_nv += head.bias.detach()[at].float()
+        head.curve(out_nv)
+
     def __call__(
         self,
         hidden_nH: Tensor,
@@ -77,9 +91,9 @@ class KLChunks:
         student, teacher, means = [], [], []
         watched = None if diagnostics_Dn is None else TeacherTiles()
         for mine, theirs, student_nv, teacher_nv in self._tiles(n):
-            _logits(hidden_nH, self.head, mine, student_nv)
+            self._logits(hidden_nH, self.head, mine, student_nv)
             if theirs is not None and teacher_nv is not None:
-                _logits(hidden_nG, self.target.head, theirs, teacher_nv)
+                self._logits(hidden_nG, self.target.head, theirs, teacher_nv)
                 gap_nv = self.gap[: teacher_nv.numel()].view(n, -1)
                 if watched is not None:
                     watched.add(student_nv, teacher_nv, gap_nv)
@@ -126,13 +140,6 @@ class KLChunks:
 
 def _span(head: Head) -> slice:
     return head.columns if isinstance(head.columns, slice) else slice(0, head.weight.shape[0])
-
-
-def _logits(hidden_nH: Tensor, head: Head, at: slice, out_nv: Tensor) -> None:
-    product(hidden_nH, head.weight.detach()[at].T, out_nv)
-    if head.bias is not None:
-        out_nv += head.bias.detach()[at].float()
-    head.curve(out_nv)
 
 
 def _exponentials(logits_nv: Tensor) -> tuple[Tensor, Tensor]:
