@@ -3,7 +3,7 @@
 Each contender runs in a process of its own, so that its peak memory is its own. A line of JSON is added to --output:
 
     python benchmarks/loss_core.py run --case qwen --share 0.25 --output benchmarks/loss_core.jsonl
-    python benchmarks/loss_core.py precision --output benchmarks/loss_core_precision.jsonl
+    python benchmarks/loss_core.py precision --logits real --folder runs/smollm2 --output benchmarks/precision.jsonl
 
 Rivals: pip install "vlm-taid[bench]". They are not needed for anything else.
 """
@@ -118,20 +118,22 @@ def measure(contender: str, case: str, share: float, length: int | None, threads
     few = torch.ones(8, dtype=torch.bool)  # imports and first calls are not timed
     function(hidden_s[:8].clone().requires_grad_(), weight_s[:64], hidden_t[:8], weight_t[:64], few).backward()
     hidden_s, weight_s = hidden_s.requires_grad_(), weight_s.requires_grad_()
-    seconds, peak = [], 0.0
+    seconds, cpu_seconds, peak = [], [], 0.0
     while len(seconds) < 3 and (not seconds or seconds[-1] < LONG or contender == "liger_compiled"):
         hidden_s.grad = weight_s.grad = None
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier passes have freed is not in this one's peak
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        before, began = _memory("VmRSS"), time.perf_counter()
+        before, began, cpu_began = _memory("VmRSS"), time.perf_counter(), time.process_time()
         function(hidden_s, weight_s, hidden_t, weight_t, mask).backward()
+        cpu_seconds.append(time.process_time() - cpu_began)
         seconds.append(time.perf_counter() - began)
         peak = _memory("VmHWM") - before
         assert hidden_s.grad is not None and weight_s.grad is not None
     return {
         "contender": contender, "case": case, "share": share, "length": T, "answers": answers,
-        "seconds": round(min(seconds), 2), "GiB": round(peak, 3), "passes": len(seconds), "threads": threads,
+        "seconds": round(min(seconds), 2), "cpu_seconds": round(min(cpu_seconds), 2), "GiB": round(peak, 3),
+        "passes": len(seconds), "threads": threads,
     }  # fmt: skip
 
 
@@ -140,11 +142,34 @@ def _memory(key: str) -> float:
     return int(line.split()[1]) / 2**20
 
 
-def precision(logits: str, folder: str | None) -> list[dict[str, float | str]]:
+def real_inputs(folder: Path, rows: int) -> list[Tensor]:
+    """Hidden states at ``rows`` positions of held-out text and both heads, all in bf16, of data/smollm2.py's models.
+
+    The positions are spread evenly over the first texts, each cut at 128 tokens.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "teacher")
+    texts = [json.loads(line)["text"] for line in (folder / "held_out.jsonl").read_text().splitlines()[:16]]
+    encoded = [tokenizer(text, truncation=True, max_length=128, return_tensors="pt").input_ids for text in texts]
+    found = []
+    for name in ("student", "teacher"):
+        model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.bfloat16).eval()
+        with torch.no_grad():
+            hidden_NH = torch.cat([model.model(ids_1T).last_hidden_state[0, :-1] for ids_1T in encoded])
+        at = torch.linspace(0, len(hidden_NH) - 1, rows).round().long()
+        found += [hidden_NH[at], model.lm_head.weight.detach()]
+    return found
+
+
+def precision(logits: str, folder: Path | None, contenders: list[str]) -> list[dict[str, float | str]]:
     """Relative error of each contender's gradients against fp64 autograd, weights and hidden states in bf16.
 
-    logits: ``normal``: N(0, 1) logits over V = 151936; ``real``: a teacher and its pruned student on real text, whose
-    inputs ``hidden_s, weight_s, hidden_t, weight_t`` are in ``folder/precision.pt``.
+    The plain error, and that after the gradient is multiplied by the one number that fits best, so that a mean over
+    something else is no error.
+
+    logits: ``normal``: N(0, 1) logits over V = 151936; ``real``: a teacher and its pruned student on real text, which
+    ``data/smollm2.py --output folder`` writes.
     """
     if logits == "normal":
         generator = torch.Generator().manual_seed(0)
@@ -153,25 +178,37 @@ def precision(logits: str, folder: str | None) -> list[dict[str, float | str]]:
         weight_s, weight_t = (torch.randn(V, width, generator=generator) * width**-0.5 for width in (H, G))
         inputs = [x.bfloat16() for x in (hidden_s, weight_s, hidden_t, weight_t)]
     else:
-        saved = torch.load(Path(str(folder)) / "precision.pt", weights_only=True)
-        inputs = [saved[key].bfloat16() for key in ("hidden_s", "weight_s", "hidden_t", "weight_t")]
-    mask = torch.ones(len(inputs[0]), dtype=torch.bool)
-    exact_h, exact_w = inputs[0].double().requires_grad_(), inputs[1].double().requires_grad_()
-    p = (inputs[2].double() @ inputs[3].double().T).softmax(-1)
-    (-(p * (exact_h @ exact_w.T).log_softmax(-1)).sum() / len(mask)).backward()
+        assert folder is not None, "--logits real needs --folder"
+        inputs = real_inputs(folder, 256)
+    rows = torch.ones(len(inputs[0]), dtype=torch.bool)
+    exact = {name: _exact(inputs, name) for name in ("fkl", "taid")}
     found = []
-    for contender in ("trl", "liger", "ours_fkl"):
-        hidden, weight = inputs[0].clone().requires_grad_(), inputs[1].clone().requires_grad_()
-        loss = CONTENDERS[contender](hidden, weight, inputs[2], inputs[3], mask)
-        (loss / len(mask) if contender == "ours_fkl" else loss).backward()
-        errors = {}
-        for name, gradient, exact in (("hidden", hidden.grad, exact_h.grad), ("head", weight.grad, exact_w.grad)):
-            assert gradient is not None and exact is not None
+    for contender in contenders:
+        hidden, weight = (x.clone().requires_grad_() for x in inputs[:2])
+        loss = CONTENDERS[contender](hidden, weight, inputs[2], inputs[3], rows)
+        (loss / len(rows) if contender.startswith("ours") else loss).backward()
+        line = {"contender": contender, "logits": logits, "rows": len(rows)}
+        references = exact["taid" if contender in ("ours", "authors") else "fkl"]
+        for name, gradient, reference in zip(("hidden", "head"), (hidden.grad, weight.grad), references, strict=True):
+            assert gradient is not None
             gradient = gradient.double()
-            gradient *= (gradient * exact).sum() / (gradient * gradient).sum()  # whatever the mean that it takes
-            errors[f"{name} gradient's error, %"] = round(float(100 * (gradient - exact).norm() / exact.norm()), 3)
-        found.append({"contender": contender, "logits": logits, "rows": len(mask), **errors})
+            fitted = gradient * ((gradient * reference).sum() / gradient.square().sum())
+            for what, one in (("plain", gradient), ("fitted", fitted)):
+                line[f"{name} {what} %"] = round(float(100 * (one - reference).norm() / reference.norm()), 3)
+        found.append(line)
     return found
+
+
+def _exact(inputs: list[Tensor], name: str) -> list[Tensor]:
+    """Gradients in the hidden states and the head, by autograd in fp64."""
+    hidden, weight = (x.double().requires_grad_() for x in inputs[:2])
+    logits = hidden @ weight.T
+    target = inputs[2].double() @ inputs[3].double().T
+    if name == "taid":
+        target = torch.lerp(logits.detach(), target, INTERPOLATION)
+    (-(target.softmax(-1) * logits.log_softmax(-1)).sum() / len(hidden)).backward()
+    assert hidden.grad is not None and weight.grad is not None
+    return [hidden.grad, weight.grad]
 
 
 def main() -> None:
@@ -180,16 +217,16 @@ def main() -> None:
     parser.add_argument("--case", choices=CASES, default="qwen")
     parser.add_argument("--share", type=float, default=0.25, help="share of the positions that are supervised")
     parser.add_argument("--length", type=int, help="positions a row, at a fixed number of answer tokens")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS)[:-1])
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--logits", choices=["normal", "real"], default="normal")
-    parser.add_argument("--folder", help="of precision.pt, for --logits real")
+    parser.add_argument("--folder", type=Path, help="what data/smollm2.py wrote, for --logits real")
     parser.add_argument("--output", type=Path, default=Path("/dev/stdout"))
     options = parser.parse_args()
     if options.what == "one":
         lines = [measure(options.contenders[0], options.case, options.share, options.length, options.threads)]
     elif options.what == "precision":
-        lines = precision(options.logits, options.folder)
+        lines = precision(options.logits, options.folder, options.contenders)
     else:
         lines = []
         for contender in options.contenders:
