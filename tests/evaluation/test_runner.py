@@ -14,6 +14,7 @@ from tests import families
 from vlm_taid.data.sources import SourceOptions
 from vlm_taid.errors import InputError
 from vlm_taid.evaluation import Results, Task, evaluate, load, run_command
+from vlm_taid.evaluation.command import chosen_tasks
 from vlm_taid.evaluation.readers import PromptBatches, other_rows
 from vlm_taid.evaluation.rows import Rows
 from vlm_taid.pretrained import load_processor
@@ -188,7 +189,8 @@ def test_load_both_kinds(model_folder, language_model, tmp_path):
     assert type(model).__name__ == "LlavaForConditionalGeneration" and hasattr(processor, "image_processor")
     language_model[0].save_pretrained(tmp_path)
     language_model[1].save_pretrained(tmp_path)
-    model, processor = load(str(tmp_path), dtype="bfloat16")
+    model, processor = load(str(tmp_path), dtype="bfloat16", attn_implementation="eager")
+    assert model.config._attn_implementation == "eager"
     assert type(model).__name__ == "LlamaForCausalLM" and model.dtype == torch.bfloat16
 
 
@@ -213,18 +215,25 @@ def test_folders_that_cannot_be_loaded(model_folder, tmp_path):
 
 
 def test_command_and_two_ranks(model_folder, questions, tmp_path):
-    """The command in one process and on two ranks of torchrun writes the same samples."""
+    """The command in one process and on two ranks of torchrun writes the same samples; two go on with what one left."""
     results = run_command(
         str(model_folder), f"colors={questions}", metric="exact_match", batch_size=3, output_path=str(tmp_path / "one")
     )
     loaded = Results.load(tmp_path / "one")
     assert loaded.data == results.data and loaded.samples == results.samples
+    options = {"batch_size": 3, "num_workers": 0, "progress": False, "output_path": tmp_path / "two"}
+    tasks = chosen_tasks(None, {"colors": str(questions)}, metric="exact_match")
+    evaluate(*load(str(model_folder)), tasks, model_name=str(model_folder), **options)
+    journal = next((tmp_path / "two").rglob("unfinished_colors_rank0.jsonl"))
+    mark, *lines = journal.read_text().splitlines(keepends=True)
+    known = [json.loads(line) | {"category": "from the journal"} for line in lines[:5]]
+    journal.write_text(mark + "".join(json.dumps(line) + "\n" for line in known))
     script = tmp_path / "run.py"
     script.write_text(
         "import torch; torch.set_num_threads(1)\n"
         "from vlm_taid.evaluation import run_command\n"
         f"run_command({str(model_folder)!r}, {{'colors': {str(questions)!r}}}, metric='exact_match', batch_size=3,"
-        f" num_workers=0, output_path={str(tmp_path / 'two')!r})\n"
+        f" num_workers=0, output_path={str(tmp_path / 'two')!r}, resume=True)\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     ran = subprocess.run(
@@ -232,8 +241,12 @@ def test_command_and_two_ranks(model_folder, questions, tmp_path):
     )
     assert ran.returncode == 0, ran.stderr
     two = Results.load(tmp_path / "two")
-    assert two.samples == results.samples
+    marked = [line["doc_id"] for line in two.samples["colors"] if line["category"] == "from the journal"]
+    assert sorted(marked) == sorted(line["doc_id"] for line in known)
+    plain = [{**line, "category": None} for line in results.samples["colors"]]
+    assert [{**line, "category": None} for line in two.samples["colors"]] == plain
     assert two.data["results"] == results.data["results"]
+    assert not list((tmp_path / "two").rglob("unfinished_*"))
     assert len(list((tmp_path / "two").rglob("results_*.json"))) == 1
 
 

@@ -66,6 +66,7 @@ def run_command(
     batch_size: int = 8,
     device: str = "auto",
     dtype: str = "auto",
+    attn_implementation: str | None = None,
     limit: int | None = None,
     max_new_tokens: int | None = None,
     prompt: str | None = None,
@@ -100,6 +101,7 @@ def run_command(
         batch_size: Rows in a batch, for each process.
         device: Torch device, or auto for the GPU if there is one.
         dtype: float32, bfloat16, float16, or auto for the saved type on a GPU and float32 on a CPU.
+        attn_implementation: Attention of transformers (sdpa, eager, flash_attention_2, ...), or the model's own.
         limit: Only the first so many rows of each task; marked in the results.
         max_new_tokens: Longest answer, in tokens, in place of the task's; 16 for a file of one's own.
         prompt: How the question is phrased, with {question} in it, in place of the prompt style.
@@ -139,7 +141,12 @@ def run_command(
     judge = make_judge(judge_url, judge_model, output_path)
     with process_group() as first:
         loaded, loaded_processor = load(
-            model, processor=processor, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+            model,
+            processor=processor,
+            dtype=dtype,
+            device=device,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
         )
         results = evaluate(
             loaded,

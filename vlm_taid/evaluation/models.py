@@ -36,6 +36,7 @@ def load(
     processor: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
     """Loads a model and its processor for evaluation.
@@ -45,6 +46,7 @@ def load(
         processor: where the processor lies; the model's own place if None.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``; see `resolve_dtype`.
         device: ``auto`` or a torch device; see `resolve_device`.
+        attn_implementation: transformers' attention (sdpa, eager, flash_attention_2, ...); the model's own if None.
         trust_remote_code: run Python code that comes with the model.
 
     Returns:
@@ -55,7 +57,9 @@ def load(
         InputError: no such folder, no safetensors weights or some missing, or transformers cannot load it.
     """
     torch_device = resolve_device(device)
-    options = ModelOptions(model, resolve_dtype(dtype, torch_device), trust_remote_code=trust_remote_code)
+    options = ModelOptions(
+        model, resolve_dtype(dtype, torch_device), attn_implementation, trust_remote_code=trust_remote_code
+    )
     loaded: Any = load_model(options)
     loaded_processor = load_processor(processor or model, trust_remote_code=trust_remote_code)
     return loaded.to(torch_device).eval(), loaded_processor
