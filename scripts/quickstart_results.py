@@ -12,6 +12,7 @@ from transformers.utils import logging
 from vlm_taid.data import SourceOptions
 from vlm_taid.evaluation import (
     Task,
+    add_scores,
     agreements,
     blind_baseline,
     compare,
@@ -40,6 +41,7 @@ def evaluated(label: str, model: Path, data: Path, output: Path) -> None:
             loaded, processor, [task], batch_size=256, num_workers=1, shuffle_images=shuffled, model_name=label
         )
         results.save(output)
+        add_scores(model, results)
 
 
 def blind(run: Path, output: Path) -> None:
@@ -83,7 +85,12 @@ def main() -> None:
     (run / "summary.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{verdict}\n")
     save_grid(evaluations, run / "grid.png", reference="teacher")
     page = report(
-        [run / "taid", run / "sft"], run / "report.html", evaluations, reference="teacher", title="Quickstart"
+        [run / "taid", run / "sft"],
+        run / "report.html",
+        evaluations,
+        reference="teacher",
+        models=[f"{label}={path}" for label, path in models.items()],
+        title="Quickstart",
     )
     console.print(f"report: {page}", soft_wrap=True)
 

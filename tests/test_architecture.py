@@ -36,7 +36,7 @@ ALLOWED = {
     "recipe": {"data", "objectives", "parsing", "rollout", "students", "teachers", "trainer"},
     "pairing": {"pretrained", "recipe", "streams", "teachers"},
     "caching": {"data", "objectives", "pairing", "recipe", "streams", "teachers"},
-    "model_card": {"recipe"},
+    "model_card": {"evaluation", "recipe"},
     "footprint": {"data", "pretrained", "streams", "students", "trainable"},
     "planning": {"footprint", "objectives", "recipe"},
     "distillation": {

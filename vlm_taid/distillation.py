@@ -83,7 +83,7 @@ def distill(recipe: Recipe) -> Path:
     trainer.store_state()
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(str(output / "trainer_state.json"))
-        (output / "README.md").write_text(model_card(recipe, trainer.state, trainer.model))
+        (output / "README.md").write_text(model_card(recipe, trainer.state, trainer.model), encoding="utf-8")
         (output / DONE).write_text(json.dumps({"global_step": trainer.state.global_step}))
     trainer.accelerator.wait_for_everyone()
     return output
@@ -158,6 +158,7 @@ def build_trainer(recipe: Recipe, arguments: DistillationArguments) -> Distillat
         eval_dataset=eval_dataset,
         processing_class=collator.student.processor,
     )
+    trainer.card = lambda: model_card(recipe, trainer.state, trainer.model)
     if teacher is not None and vocabulary is not None:
         trainer.accelerator.print(
             f"{'one encoding serves both models' if collator.shared else 'each model has its own token stream'}; "

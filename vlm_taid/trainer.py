@@ -8,7 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections import Counter
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -61,6 +61,9 @@ class DistillationArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Rows are conversations: keep False."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are not finite."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    report_to: str | list[str] | None = field(
+        default="tensorboard", metadata={"help": "Live curves: tensorboard, trackio, wandb, several of them, or none."}
+    )
 
 
 class DistillationTrainer(ResumableTrainer):
@@ -118,6 +121,7 @@ class DistillationTrainer(ResumableTrainer):
                 self.rest, self.rest_watch = shared.student_rest_R.to(args.device), RestWatch()
                 teacher.share(theirs, shared.teacher_rest_R.to(args.device))
         self.quiet_towers = [] if tower_training else vision_towers(without_adapters(model))
+        self.card: Callable[[], str] | None = None  # makes the README.md of each saved model
         self.head: Head | None = None  # proven at the first forward, inside the wrapper
         self.refused: Counter[str] = Counter()  # messages of this rank's refused rows
         self.refused_rows = self.seen_tokens = 0  # over all ranks
@@ -325,6 +329,12 @@ class DistillationTrainer(ResumableTrainer):
             self.temperature.load_state_dict(state["temperature"])
         if self.rollout is not None:
             self.rollout.load_state_dict(state["rollout"])
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Each saved model has its card, those of checkpoints too."""
+        super()._save(output_dir, state_dict)
+        if self.card is not None and self.args.should_save:  # every rank comes here
+            (Path(output_dir or str(self.args.output_dir)) / "README.md").write_text(self.card(), encoding="utf-8")
 
     def save_rank_state(self, checkpoint: Path) -> None:
         if self.rollout is not None:

@@ -1,6 +1,7 @@
 """Evaluation: greedy answers to files of questions, scored, saved and compared."""
 
 from vlm_taid.evaluation import metrics
+from vlm_taid.evaluation.card import add_scores
 from vlm_taid.evaluation.command import run_command, tasks_command
 from vlm_taid.evaluation.comparison import (
     Comparison,
@@ -25,6 +26,7 @@ __all__ = [
     "Results",
     "Score",
     "Task",
+    "add_scores",
     "agreement",
     "agreements",
     "blind_baseline",

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlm_taid.errors import InputError
+from vlm_taid.evaluation.card import add_scores
 from vlm_taid.evaluation.groups import groups
 from vlm_taid.evaluation.judge import Judge
 from vlm_taid.evaluation.models import load
@@ -113,7 +114,8 @@ def run_command(
         judge_model: The judge's name at that server.
         shuffle_images: Give each question the picture of another row, to see how much the answers use it.
         seed: Seed of that shuffling.
-        output_path: Folder for results, samples and summary; nothing is written if not given.
+        output_path: Folder for results, samples and summary; nothing is written if not given. If the model is a folder
+            of vlm-taid distill, the scores go into its model card too, unless limit or shuffle_images is set.
         log_samples: Write a line for each answer, which the report and eval score need.
         resume: Go on with a run into the same output_path that was killed.
         trust_remote_code: Run Python code that comes with the model.
@@ -168,6 +170,8 @@ def run_command(
             console.print(results.table())
             if output_path is not None:
                 console.print(f"results: {results.save(output_path, log_samples=log_samples)}", soft_wrap=True)
+                if (card := add_scores(model, results)) is not None:
+                    console.print(f"scores: {card}", soft_wrap=True)
         return results
 
 

@@ -138,6 +138,11 @@ def gallery(comparison: Comparison, task: str, count: int = 24, data: str | Path
     reference, metric = models[comparison.reference], results.key(task)
     if any([line["doc_id"] for line in lines] != [line["doc_id"] for line in reference] for lines in models.values()):
         raise InputError(f"the evaluations of {task} answered different rows; run them with the same file and limit")
+    answered = [all("error" not in line for line in lines) for lines in zip(*models.values(), strict=True)]
+    models = {
+        label: [line for line, whole in zip(lines, answered, strict=True) if whole] for label, lines in models.items()
+    }
+    reference = models[comparison.reference]
     texts = [
         [normalize_exact(lines[row]["filtered_resps"][0]) for lines in models.values()] for row in range(len(reference))
     ]
