@@ -51,21 +51,24 @@ th { color: var(--soft); font-weight: 600; } td.kl { text-align: right; white-sp
 .top i { display: inline-block; height: .55rem; background: var(--bar); border-radius: 2px; margin-right: .25rem; }
 code { font: .8rem ui-monospace, monospace; }
 """ + "".join(f".h{i} {{ background: var(--p{i}); }}" for i in range(HUES))
-# A token and its partner light up together, by pointer and by focus; arrow keys go from pair to pair.
+# A token and its partner light up together, by pointer and by focus. Tab goes from stream to stream, left and right
+# arrows from pair to pair, Home and End to the first and the last, up and down arrows to the partner.
 SCRIPT = """
 for (const row of document.querySelectorAll('.row')) {
   const all = [...row.querySelectorAll('[data-pair]')];
   const light = (at, on) => all.forEach(e => e.dataset.pair === at && e.classList.toggle('lit', on));
   for (const e of all) {
+    const near = [...e.parentNode.querySelectorAll('[data-pair]')];
+    const at = near.indexOf(e), partner = all.find(o => o.dataset.pair === e.dataset.pair && !near.includes(o));
+    e.tabIndex = at ? -1 : 0;
     for (const [on, off] of [['mouseenter', 'mouseleave'], ['focus', 'blur']]) {
       e.addEventListener(on, () => light(e.dataset.pair, true));
       e.addEventListener(off, () => light(e.dataset.pair, false));
     }
+    e.addEventListener('focus', () => near.forEach(o => o.tabIndex = o === e ? 0 : -1));
     e.addEventListener('keydown', key => {
-      const step = {ArrowRight: 1, ArrowLeft: -1}[key.key];
-      if (!step) return;
-      const near = [...e.parentNode.querySelectorAll('[data-pair]')];
-      const next = near[near.indexOf(e) + step];
+      const next = {ArrowRight: near[at + 1], ArrowLeft: near[at - 1], Home: near[0], End: near[near.length - 1],
+                    ArrowUp: partner, ArrowDown: partner}[key.key];
       if (next) { next.focus(); key.preventDefault(); }
     });
   }
@@ -79,7 +82,8 @@ def page(summary: Sequence[str], rows: Sequence[InspectedRow]) -> str:
     legend = (
         '<p class="stream"><span class="t paired h0">paired answer token</span> has the same colour in both streams; '
         '<span class="t answer">unpaired answer token</span>; <span class="image">image × number of its tokens + marks '
-        "that frame it or break its lines</span>; the rest is context. Blanks of answers are dots, line ends ⏎.</p>"
+        "that frame it or break its lines</span>; the rest is context. Blanks of answers are dots, line ends ⏎. "
+        "Keys: Tab to a stream, ← → Home End along its pairs, ↑ ↓ to the partner.</p>"
     )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Streams</title>'

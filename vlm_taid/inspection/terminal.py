@@ -62,8 +62,9 @@ def chip(piece: Piece, times: str) -> str:
 
 
 def visible(text: str) -> str:
-    """A token's text with its blanks and line ends made visible."""
-    return text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·")
+    """A token's text with its blanks, line ends and other characters without a shape made visible."""
+    text = text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·")
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def _stream(view: StreamView) -> Text:
