@@ -16,7 +16,7 @@ import pytest
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 KEYS = {"Enter": (13, "\r"), "Escape": (27, ""), "Tab": (9, ""), "ArrowRight": (39, ""), "ArrowDown": (40, "")}
-KEYS |= {"ArrowLeft": (37, ""), "ArrowUp": (38, ""), " ": (32, " ")}
+KEYS |= {"ArrowLeft": (37, ""), "ArrowUp": (38, ""), "Home": (36, ""), "End": (35, ""), " ": (32, " ")}
 
 
 class Page:

@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 
 from tests import families, runs
+from tests.browser import Page, needs_chromium
 from vlm_taid.cli import main
 from vlm_taid.data import Conversation, ConversationDataset, Part, Turn
 from vlm_taid.inspection import inspect_row, seen_pictures
@@ -82,6 +83,38 @@ def test_pairs_counts_and_page(tmp_path, capsys):
     HTMLParser().feed(html)
     printed = capsys.readouterr().out
     assert f"{data}:1" in printed and "2 rows inspected, 0 of them" in printed and "shared tokens" in printed
+
+
+@needs_chromium
+def test_keys_reach_every_pair_and_its_partner(tmp_path):
+    path, _ = recipe_of(tmp_path, families.made("qwen2_vl"), families.made("internvl"), rows=2)
+    page = tmp_path / "streams.html"
+    assert main(["inspect", "--config", str(path), "--rows", "2", "--html", str(page)]) == 0
+    at = (
+        "[[...document.querySelectorAll('.stream')].indexOf(document.activeElement.parentNode), "
+        "+document.activeElement.dataset.pair, document.querySelectorAll('.lit').length]"
+    )
+    with Page(page, tmp_path / "profile") as shown:
+        last = shown.js("document.querySelectorAll('.side')[1].querySelectorAll('[data-pair]').length") - 1
+        went = []
+        for key in (
+            "Tab",
+            "ArrowRight",
+            "ArrowDown",
+            "End",
+            "ArrowRight",
+            "ArrowUp",
+            "ArrowLeft",
+            "Home",
+            "Tab",
+            "Tab",
+        ):
+            shown.press(key)
+            went.append(shown.js(at))
+        # the page's first .stream is its legend
+        places = [(1, 0), (1, 1), (2, 1), (2, last), (2, last), (1, last), (1, last - 1), (1, 0), (2, last), (3, 0)]
+        assert went == [[*place, 2] for place in places]
+        assert last > 1 and not shown.errors and shown.requests == [page.resolve().as_uri()]
 
 
 @pytest.mark.parametrize(("family", "options"), [("pixtral", {}), ("smolvlm", {"split": True}), ("internvl", {})])
