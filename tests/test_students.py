@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -240,6 +241,29 @@ def test_parts_with_their_weights_become_one_model(tower, tmp_path, capsys):
     inputs["pixel_values"] = inputs["pixel_values"].flip(-1)
     assert not torch.allclose(before, model(**inputs).logits)
     assert main(["assemble", *arguments]) == 2 and "is not empty" in capsys.readouterr().err
+
+
+def test_a_towers_published_weights_come_from_the_hubs_cache(tmp_path, monkeypatch, capsys):
+    """``--vision_weights hub``, the default, by the way that timm goes; no network: its answer to that is named."""
+    tower = "resnet10t"
+    language = families.llama(tmp_path / "language")
+    published = timm.create_model(tower)  # with the classifier that the hub's file has too
+    source = timm.get_pretrained_cfg(tower)
+    assert source is not None and source.hf_hub_id
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    arguments = ["assemble", "--vision", f"timm/{tower}", "--language", language, "--image_size", "64"]
+    assert main([*arguments, "--output", str(tmp_path / "nothing")]) == 2
+    assert "the weights hub" in capsys.readouterr().err
+    repository = tmp_path / "hub" / f"models--{source.hf_hub_id.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    save_file(published.state_dict(), repository / "snapshots" / ("0" * 40) / "model.safetensors")
+    assert main([*arguments, "--output", str(tmp_path / "vlm")]) == 0
+    model: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "vlm")
+    loaded, weights = model.model.vision_tower.timm_model.state_dict(), published.state_dict()
+    assert loaded and all(torch.equal(value, weights[name]) for name, value in loaded.items())
 
 
 def test_parts_that_do_not_fit_are_named(tmp_path, capsys):
