@@ -112,7 +112,17 @@ class ObjectiveOptions:
 
 @dataclass
 class Recipe:
-    """A run: ``training`` holds only the keys of DistillationArguments that differ from its defaults."""
+    """All that makes a run, checked.
+
+    Args:
+        student: the model that is trained.
+        data: what it is trained on.
+        objective: what it is held against.
+        teacher: the model that is learned from; None with several teachers, or without any.
+        training: the keys of DistillationArguments that differ from its defaults, and no others.
+        rollout: answers that the student samples; None: the data's alone.
+        teachers: several teachers, in place of one.
+    """
 
     student: StudentOptions
     data: DataOptions
@@ -142,7 +152,11 @@ class Recipe:
 
     @classmethod
     def parse(cls, arguments: Sequence[str], others: Sequence[str] = ()) -> Recipe:
-        """Reads the command line's ``--config FILE --section.key VALUE ...``; ``others`` as in ``Parser.parse``."""
+        """Reads the command line's ``--config FILE --section.key VALUE ...``; ``others`` as in ``Parser.parse``.
+
+        Raises:
+            InputError: as ``load``.
+        """
         arguments = ["--print_config=comments,skip_default" if a == "--print_config" else a for a in arguments]
         parsed, sections = recipe_parser().parse(arguments, others)
         recipe = cls(

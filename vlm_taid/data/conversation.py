@@ -15,7 +15,15 @@ Role = Literal["system", "user", "assistant"]
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a turn: a text, or a picture (RGB, already opened and checked)."""
+    """A piece of a turn.
+
+    Args:
+        text: a text; or
+        image: a picture (RGB, already opened and checked).
+
+    Raises:
+        ValueError: both or none are given.
+    """
 
     text: str | None = None
     image: Image.Image | None = None
@@ -27,7 +35,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Turn:
-    """What one role says. Pictures stand where the text mentions them."""
+    """What one role says.
+
+    Args:
+        role: system, user or assistant.
+        parts: texts and pictures in order; pictures stand where the text mentions them.
+    """
 
     role: Role
     parts: tuple[Part, ...]

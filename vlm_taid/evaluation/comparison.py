@@ -24,6 +24,10 @@ Samples = Sequence[Mapping[str, Any]]
 def agreements(samples_a: Samples, samples_b: Samples) -> list[bool]:
     """For each row, whether the two answers are equal after strip and casefold.
 
+    Args:
+        samples_a: the lines of a samples file.
+        samples_b: those of another one, of the same task.
+
     Raises:
         InputError: the samples are not of the same questions in the same order.
     """
@@ -40,7 +44,7 @@ def agreements(samples_a: Samples, samples_b: Samples) -> list[bool]:
 
 
 def agreement(samples_a: Samples, samples_b: Samples) -> Score:
-    """The share of rows with equal answers, and its standard error; raises as `agreements`."""
+    """The share of rows with equal answers, and its standard error; takes and raises what `agreements` does."""
     return Score.mean([float(equal) for equal in agreements(samples_a, samples_b)])
 
 
@@ -195,6 +199,9 @@ def blind_baseline(
         test_rows: the same, and ``category`` if there is one; in the order of the file.
         task: what the results call the task: the name that the models' evaluation used.
         metric: as in the models' evaluation.
+
+    Raises:
+        InputError: there are no training rows, or a row has no reference.
     """
     by_question: dict[str, Counter[str]] = {}
     overall: Counter[str] = Counter()

@@ -26,9 +26,13 @@ from vlm_taid.evaluation.tasks import Task
 
 @dataclass(frozen=True)
 class Score:
-    """A score, its standard error (of a mean: sample standard deviation / sqrt(n); None for one value) and n.
+    """A score, printed in percent.
 
-    The value is None where there is none yet: a judge has rows to score, or a part that the sum needs is missing.
+    Args:
+        value: between 0 and 1; None where there is none yet: a judge has rows to score, or a part that the sum needs
+            is missing.
+        stderr: of a mean: sample standard deviation / sqrt(count); None for one value.
+        count: the rows that were scored.
     """
 
     value: float | None
@@ -113,7 +117,12 @@ def folder_of(output_path: str | Path, model_name: str) -> Path:
 
 @dataclass
 class Results:
-    """The results file as a dictionary, and the samples of each task in the order of its rows."""
+    """What an evaluation found.
+
+    Args:
+        data: the results file as a dictionary; the keys are lm-eval's and lmms-eval's.
+        samples: by task, a line for each row, in the order of the rows.
+    """
 
     data: dict[str, Any]
     samples: dict[str, list[dict[str, Any]]]

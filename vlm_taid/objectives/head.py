@@ -71,6 +71,10 @@ class Head:
 
         The hidden state is amplified for the proof, so that a soft cap bends and a wrong one shows.
 
+        Args:
+            model: with weights that are there (under ZeRO-3, gathered).
+            columns: this model's ids of the shared vocabulary; None for all.
+
         Raises:
             InputError: no form of head that is known here gives the model's logits.
         """
@@ -133,7 +137,7 @@ class Head:
         return raw
 
     def curve_gradient(self, logits: Tensor, gradient: Tensor) -> Tensor:
-        """The gradient in the raw products, in place on ``gradient``, from that in the logits."""
+        """The gradient in the raw products from that in the logits, both [N, B]; written over ``gradient``."""
         if self.softcap is not None:
             gradient.mul_(1.0 - (logits / self.softcap).square_())
         return gradient.mul_(self.scale) if self.scale != 1.0 else gradient

@@ -63,7 +63,7 @@ class Objective(ABC):
 
     @staticmethod
     def named(name: str, **options: Any) -> Objective:
-        """The objective of that name.
+        """The objective of that name (a key of ``OBJECTIVES``), with ``options`` as its fields.
 
         Raises:
             ValueError: an unknown name, or an option that the objective does not have; the message lists those it has.

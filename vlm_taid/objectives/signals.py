@@ -18,7 +18,12 @@ from .products import logits
 
 @dataclass(frozen=True)
 class HiddenSignal:
-    """A live teacher's signal: its hidden states [N, G] at the paired positions, and its head."""
+    """A live teacher's signal.
+
+    Args:
+        hidden_NG: its last hidden states at the paired positions.
+        head: its language head.
+    """
 
     hidden_NG: Tensor
     head: Head

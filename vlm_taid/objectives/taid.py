@@ -56,11 +56,14 @@ class TAIDSchedule:
         self.skipped_updates = 0
 
     def line(self, step: int, num_steps: int) -> float:
-        """The linear schedule after ``step`` of ``num_steps`` optimizer steps."""
+        """The linear schedule after ``step`` of ``num_steps`` optimizer steps, from ``t_start`` to ``t_end``."""
         return self.t_start + (self.t_end - self.t_start) * step / max(num_steps, 1)
 
     def closed_form(self, step: int, num_steps: int) -> float:
-        """What t is close to with the published alpha and beta, where the adaptive term is nearly open-loop."""
+        """What t is close to after ``step`` of ``num_steps`` optimizer steps, whatever the loss.
+
+        That is so with the published alpha and beta, where the adaptive term is nearly open-loop.
+        """
         if not self.adaptive:
             return self.line(step, num_steps)
         ahead = 1.0 - (1.0 - self.t_start) * math.exp(-self.alpha * step / 2.0)

@@ -21,7 +21,14 @@ from .vocabulary import SharedVocabulary
 
 @dataclass(frozen=True)
 class TeacherRow:
-    """A row as the teacher reads it: name, token ids, the positions that pair, pictures."""
+    """A row as the teacher reads it.
+
+    Args:
+        name: where the row came from.
+        ids_T: its token ids.
+        positions_N: the predicting positions that pair.
+        images: its pictures.
+    """
 
     name: str
     ids_T: torch.Tensor

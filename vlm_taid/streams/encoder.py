@@ -26,8 +26,15 @@ from .token_bytes import TokenBytes
 
 @dataclass(frozen=True)
 class Stream:
-    """A row as one model reads it: rendered text with its images expanded, ids, answers, and where in the text, in
-    characters, the images stand with the marks that frame and break them."""
+    """A row as one model reads it.
+
+    Args:
+        row: where it came from, for messages.
+        text: the rendered text, its images expanded.
+        input_ids_T: token ids, without padding.
+        answers: the supervised turns, with their tokens.
+        images: where in the text, in characters, the images stand with the marks that frame and break them.
+    """
 
     row: str
     text: str
@@ -139,7 +146,11 @@ class StreamEncoder:
         return batch.streams[0]
 
     def encode_batch(self, conversations: Sequence[Conversation]) -> EncodedBatch:
-        """Streams and padded inputs of several conversations, by one call of the processor."""
+        """Streams and padded inputs of several conversations, by one call of the processor.
+
+        Raises:
+            InputError: the processor takes each of the rows alone and not together.
+        """
         refused: dict[int, BadRow] = {}
         texts, spans = [], []
         for index, (conversation, rendered) in enumerate(zip(conversations, self.renderer(conversations), strict=True)):

@@ -119,6 +119,10 @@ class SharedVocabulary:
     def check_fits(self, student_rows: int, teacher_rows: int) -> None:
         """Refuses a head with fewer rows than its tokenizer has tokens.
 
+        Args:
+            student_rows: of the student's language head, padded ones included.
+            teacher_rows: of the teacher's.
+
         Raises:
             InputError: naming the model whose head is too small.
         """

@@ -99,7 +99,12 @@ class LiveTeacher:
         return head_rows(self.model)
 
     def share(self, columns: Tensor | slice, rest: Tensor | None = None) -> None:
-        """Cuts the head to the teacher's ids of the shared vocabulary, and of the rest bucket if there is one."""
+        """Cuts the head to the shared vocabulary.
+
+        Args:
+            columns: the teacher's ids of the shared tokens, [C] or a slice.
+            rest: the ids [R] of the rest bucket; None without one.
+        """
         self.head = replace(self.head, columns=columns, rest=rest)
 
     @torch.no_grad()
