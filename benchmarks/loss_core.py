@@ -211,9 +211,30 @@ def _exact(inputs: list[Tensor], name: str) -> list[Tensor]:
     return [hidden.grad, weight.grad]
 
 
+def plot(lines: Path, case: str, share: float, picture: Path) -> None:
+    """Seconds and memory of one case and share, a bar a contender; of a contender's lines the last counts."""
+    import matplotlib.pyplot as plt
+
+    measured = [json.loads(line) for line in lines.read_text().splitlines()]
+    last = {line["contender"]: line for line in measured if (line["case"], line["share"]) == (case, share)}
+    names = [name for name in CONTENDERS if name in last]
+    figure, panels = plt.subplots(1, 2, figsize=(9, 0.6 + 0.45 * len(names)), sharey=True, layout="constrained")
+    for panel, key, label in zip(panels, ("seconds", "GiB"), ("seconds", "GiB beyond the inputs"), strict=True):
+        colours = ["tab:orange" if name.startswith("ours") else "tab:gray" for name in names]
+        bars = panel.barh(names, [last[name][key] for name in names], color=colours)
+        panel.bar_label(bars, padding=3)
+        panel.margins(x=0.15)
+        panel.invert_yaxis()
+        panel.set_xlabel(label)
+        panel.spines[["top", "right"]].set_visible(False)
+    B, T, V, H, G = CASES[case]
+    figure.suptitle(f"{share:.0%} of {B} x {T} positions, V {V}, widths {H} and {G}, forward and backward")
+    figure.savefig(picture, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["run", "one", "precision"])
+    parser.add_argument("what", choices=["run", "one", "precision", "plot"])
     parser.add_argument("--case", choices=CASES, default="qwen")
     parser.add_argument("--share", type=float, default=0.25, help="share of the positions that are supervised")
     parser.add_argument("--length", type=int, help="positions a row, at a fixed number of answer tokens")
@@ -222,7 +243,11 @@ def main() -> None:
     parser.add_argument("--logits", choices=["normal", "real"], default="normal")
     parser.add_argument("--folder", type=Path, help="what data/smollm2.py wrote, for --logits real")
     parser.add_argument("--output", type=Path, default=Path("/dev/stdout"))
+    parser.add_argument("--lines", type=Path, help="what plot reads; it writes --output")
     options = parser.parse_args()
+    if options.what == "plot":
+        plot(options.lines, options.case, options.share, options.output)
+        return
     if options.what == "one":
         lines = [measure(options.contenders[0], options.case, options.share, options.length, options.threads)]
     elif options.what == "precision":

@@ -114,8 +114,8 @@ MUTATIONS = [
     ("srkl's second term", "ratio_NB.sub_(ratio_NB.exp(), alpha=self.weight)", "ratio_NB"),
     (
         "akl's mask in sorted order",
-        ".scatter_(-1, order_NB, (before_NB < mu).to(p_NB.dtype))",
-        ".add_((before_NB < mu).to(p_NB.dtype))",
+        "sorted_NB.scatter_(-1, order_NB, before_NB.lt_(mu))",
+        "before_NB.lt_(mu)",
     ),
     (
         "akl's weights swapped",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 HEAD = 10  # tokens of the head
 TAIL = 5  # the tail is one V-th of so many: the 80th to the 100th percentile
-AT_A_TIME = 2**21  # probabilities
+AT_A_TIME = 2**20  # probabilities
 
 DIAGNOSTICS = ("student_entropy", "head_mass", "tail_mass", "teacher_entropy", "teacher_kl", "top1_agreement")
 """Of the student's own distribution over all rows of its head: its entropy, the mass of its 10 most probable tokens,

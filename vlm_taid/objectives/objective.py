@@ -337,7 +337,7 @@ def teacher_head(p_NB: Tensor, mu: float) -> Tensor:
     """Which tokens are among the fewest whose mass reaches ``mu``, as 0 and 1 in the tokens' own places."""
     sorted_NB, order_NB = p_NB.sort(dim=-1, descending=True, stable=True)
     before_NB = sorted_NB.cumsum(-1).sub_(sorted_NB)
-    return torch.zeros_like(p_NB).scatter_(-1, order_NB, (before_NB < mu).to(p_NB.dtype))
+    return sorted_NB.scatter_(-1, order_NB, before_NB.lt_(mu))  # every place is written
 
 
 def _kl_to_logits(student_NB: Tensor, target_NB: Tensor) -> Fused:
