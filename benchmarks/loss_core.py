@@ -17,6 +17,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -212,14 +213,17 @@ def _exact(inputs: list[Tensor], name: str) -> list[Tensor]:
 
 
 def plot(lines: Path, case: str, share: float, picture: Path) -> None:
-    """Seconds and memory of one case and share, a bar a contender; of a contender's lines the last counts."""
+    """Processor seconds and memory of one case and share, a bar a contender; of a contender's lines the last counts."""
     import matplotlib.pyplot as plt
 
     measured = [json.loads(line) for line in lines.read_text().splitlines()]
-    last = {line["contender"]: line for line in measured if (line["case"], line["share"]) == (case, share)}
+    measured = [line for line in measured if (line["case"], line["share"]) == (case, share) and "cpu_seconds" in line]
+    last = {line["contender"]: line for line in measured}
     names = [name for name in CONTENDERS if name in last]
     figure, panels = plt.subplots(1, 2, figsize=(9, 0.6 + 0.45 * len(names)), sharey=True, layout="constrained")
-    for panel, key, label in zip(panels, ("seconds", "GiB"), ("seconds", "GiB beyond the inputs"), strict=True):
+    for panel, key, label in zip(
+        panels, ("cpu_seconds", "GiB"), ("processor seconds", "GiB beyond the inputs"), strict=True
+    ):
         colours = ["tab:orange" if name.startswith("ours") else "tab:gray" for name in names]
         bars = panel.barh(names, [last[name][key] for name in names], color=colours)
         panel.bar_label(bars, padding=3)
@@ -249,20 +253,23 @@ def main() -> None:
         plot(options.lines, options.case, options.share, options.output)
         return
     if options.what == "one":
-        lines = [measure(options.contenders[0], options.case, options.share, options.length, options.threads)]
+        lines = iter([measure(options.contenders[0], options.case, options.share, options.length, options.threads)])
     elif options.what == "precision":
-        lines = precision(options.logits, options.folder, options.contenders)
+        lines = iter(precision(options.logits, options.folder, options.contenders))
     else:
-        lines = []
-        for contender in options.contenders:
-            arguments = ["--case", options.case, "--share", str(options.share), "--threads", str(options.threads)]
-            arguments += ["--length", str(options.length)] if options.length else []
-            command = [sys.executable, __file__, "one", "--contenders", contender, *arguments]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            lines.append(json.loads(done.stdout.splitlines()[-1]))
-            print(lines[-1], file=sys.stderr, flush=True)
-    with options.output.open("a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
+        lines = _each_apart(options)
+    for line in lines:  # a long run that is stopped has its first lines
+        with options.output.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _each_apart(options: argparse.Namespace) -> Iterator[dict[str, float | str]]:
+    for contender in options.contenders:
+        arguments = ["--case", options.case, "--share", str(options.share), "--threads", str(options.threads)]
+        arguments += ["--length", str(options.length)] if options.length else []
+        command = [sys.executable, __file__, "one", "--contenders", contender, *arguments]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        yield json.loads(done.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":
