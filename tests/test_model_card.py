@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from transformers import AutoModelForImageTextToText, TrainerState
 
 from tests import families, runs
 from vlm_taid import Recipe
@@ -109,14 +110,17 @@ def test_other_cards_are_left_alone(root, run):
         add_scores(other, results)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_every_objective_has_a_card(recipe, run, name):
-    from transformers import AutoModelForImageTextToText, TrainerState
+@pytest.fixture(scope="module")
+def model(run):
+    return AutoModelForImageTextToText.from_pretrained(run)
 
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_objective_has_a_card(recipe, model, name):
     read = Recipe.load(recipe)
     read.objective = ObjectiveOptions(name=name)
     read.data.train[0].path = "owner/data"
-    card = ModelCard(model_card(read, TrainerState(), AutoModelForImageTextToText.from_pretrained(run)))
+    card = ModelCard(model_card(read, TrainerState(), model))
     assert card.data.datasets == ["owner/data"] and name in card.data.tags
     assert ("- teacher:" in card.text) == (name != "sft")
     assert ("```bibtex" in card.text) == (name == "taid")
