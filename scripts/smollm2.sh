@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A language model for real: SmolLM2-135M-Instruct into 10 of its 30 layers, by sft, fkl and taid with equal steps, and
-# the table of held-out perplexity, KL to the teacher and top-1 agreement. About an hour on one core.
+# the table of held-out perplexity, KL to the teacher and top-1 agreement. Under an hour on one busy core.
 # Everything is written below runs/smollm2; what is there already is used again.
 set -euo pipefail
 cd "$(dirname "$0")/.."

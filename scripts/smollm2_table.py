@@ -17,6 +17,7 @@ from typing import Any
 
 import matplotlib
 import torch
+import yaml
 from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 
@@ -102,12 +103,13 @@ def figure(found: dict[str, dict[str, dict[str, float]]], run: Path, file: Path)
                 panel.bar_label(bars, fmt="%.3g", fontsize=7, padding=1)
             panel.set_xticks(range(len(kinds)), kinds)
             panel.set_title(title, fontsize=9)
-        panels[0].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, 1.0))
-        panels[0].margins(y=0.35)
+        handles, labels = panels[0].get_legend_handles_labels()
+        drawn.legend(handles, labels, frameon=False, ncols=len(labels), loc="outside lower center")
         log = [json.loads(line) for line in (run / "taid" / "metrics.jsonl").read_text().splitlines()]
         steps, values = zip(*[(one["step"], one["t"]) for one in log if "t" in one], strict=True)
         panels[3].plot(steps, values, color=colours["TAID"], label="adaptive")
-        panels[3].plot((0, steps[-1]), (values[0], 1.0), color="#8a8f98", linestyle="--", label="straight line")
+        start = yaml.safe_load((run / "taid" / "recipe.yaml").read_text())["objective"]["t_start"]
+        panels[3].plot((0, steps[-1]), (start, 1.0), color="#8a8f98", linestyle="--", label="straight line")
         panels[3].set_title("TAID's t over the steps", fontsize=9)
         panels[3].legend(frameon=False, fontsize=8)
         drawn.savefig(file, dpi=150)
@@ -116,7 +118,7 @@ def figure(found: dict[str, dict[str, dict[str, float]]], run: Path, file: Path)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/smollm2"), help="smollm2.sh's folder")
-    parser.add_argument("--rows", type=int, default=200, help="held-out rows of each kind")
+    parser.add_argument("--rows", type=int, default=120, help="held-out rows of each kind")
     given = parser.parse_args()
     found = measured(given.run, given.rows)
     (given.run / "table.json").write_text(json.dumps(found, indent=1))
