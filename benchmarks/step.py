@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -81,7 +82,7 @@ def contenders(student: Any, teacher: Any) -> dict[str, Callable[[], Any]]:
 
     def head_products() -> None:
         with torch.no_grad():
-            hidden_NG @ heads[1].T
+            torch.mm(hidden_NG, heads[1].T)
         (hidden_NH.requires_grad_() @ heads[0].T).backward(gradient_NV)
 
     def full_logits() -> None:
@@ -126,6 +127,7 @@ def main() -> None:
             run()
             seconds = time.perf_counter() - began, time.process_time() - cpu_began
             found[name].append((*seconds, memory("VmHWM") - before))
+            print(name, found[name][-1], file=sys.stderr, flush=True)
     best = {name: [min(values) for values in zip(*turns, strict=True)] for name, turns in found.items()}
     lines = [
         {"what": name, "seconds": round(wall, 2), "cpu_seconds": round(cpu, 2), "GiB": round(peak, 2)}
