@@ -20,6 +20,7 @@ USAGE = """vlm-taid COMMAND ...
   eval compare RESULTS ...                                    models in rows, tasks in columns, paired differences
   eval tasks                                                  the benchmarks that come with it
   eval lm   --model PATH --data NAME=FILE [--teacher PATH]    perplexity on held-out text, KL to a teacher
+  eval lm   --model PATH --tasks arc_easy,... [-- FLAGS]      tasks of lm-eval, with its flags
   assemble  --vision timm/NAME --language PATH --output DIR   a new vision-language model from parts
   report    RUN [RUN ...] --output report.html                curves, results and sample answers as one page
 

@@ -1,15 +1,16 @@
-"""`vlm-taid eval lm`: a language model on held-out text, beside a teacher if one is given."""
+"""`vlm-taid eval lm`: a model on held-out text, beside a teacher if one is given, or on lm-eval's tasks."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 
 from vlm_taid.errors import InputError
 from vlm_taid.evaluation.command import parse_pairs, process_group
+from vlm_taid.evaluation.harness import run_lm_eval
 from vlm_taid.evaluation.language import LONGEST, Reader, read_documents, text_sums
 from vlm_taid.evaluation.language_results import LOWER_IS_BETTER, TextResults, text_results, text_samples
 from vlm_taid.evaluation.models import load
@@ -100,7 +101,8 @@ def evaluate_text(
 
 def lm_command(
     model: str,
-    data: dict[str, str] | str,
+    data: dict[str, str] | str | None = None,
+    tasks: str | None = None,
     teacher: str | None = None,
     columns: dict[str, str] | str | None = None,
     max_length: int | None = None,
@@ -112,14 +114,17 @@ def lm_command(
     output_path: str | None = None,
     log_samples: bool = True,
     trust_remote_code: bool = False,
-) -> TextResults:
-    """Measures a language model on held-out text: perplexity and, with a teacher, the KL to it and top-1 agreement.
+    lm_eval_flags: Sequence[str] = (),
+) -> TextResults | None:
+    """Measures a model on held-out text, or on the tasks of lm-eval.
 
+    On text: perplexity and, with a teacher, the KL to it and top-1 agreement.
     Works in one process and under torchrun or the deepspeed launcher, where each rank takes a share of the text.
 
     Args:
         model: Model folder or hub name.
         data: Texts as NAME=FILE, several with commas between; a .txt file is one document, else a row's column text.
+        tasks: Names of lm-eval's tasks instead of texts, with commas between; its own flags may follow after --.
         teacher: Model folder or hub name of a teacher with the same tokens.
         columns: Name of the files' column, as text=content.
         max_length: Tokens that a model reads at once; if not given 2,048, or what the models allow if that is less.
@@ -131,16 +136,35 @@ def lm_command(
         output_path: Folder for results, samples and summary; nothing is written if not given.
         log_samples: Write a line for each document.
         trust_remote_code: Run Python code that comes with a model.
+        lm_eval_flags: Further flags of lm-eval; on the command line, all that stands after --.
 
     Returns:
-        The results, which are also printed and written on rank 0.
+        The results on texts, which are also printed and written on rank 0; None of tasks: lm-eval writes its own.
 
     Raises:
-        InputError: something given cannot be used; see `load` and `evaluate_text`.
+        InputError: something given cannot be used; see `load`, `evaluate_text` and `run_lm_eval`.
     """
-    files = parse_pairs(data, "data")
-    if not files:
-        raise InputError("--data is empty; give NAME=FILE")
+    files = parse_pairs(data or {}, "data")
+    if bool(files) == bool(tasks):
+        raise InputError("give one of the two: --data NAME=FILE for texts, or --tasks NAMES for tasks of lm-eval")
+    if tasks:
+        if teacher or columns or max_length or stride:
+            raise InputError("--teacher, --columns, --max_length and --stride are read with --data alone")
+        run_lm_eval(
+            model,
+            tasks,
+            lm_eval_flags,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+            limit=limit,
+            output_path=output_path,
+            log_samples=log_samples,
+            trust_remote_code=trust_remote_code,
+        )
+        return None
+    if lm_eval_flags:
+        raise InputError(f"{lm_eval_flags[0]} stands after --, which is read with --tasks alone")
     options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     with process_group() as first:
         student, other = (None if path is None else Reader(*load(path, **options), path) for path in (model, teacher))

@@ -32,11 +32,14 @@ def eval_command(arguments: Sequence[str]) -> None:
             f"eval has these commands: {', '.join(f'eval {known}' for known in COMMANDS)}; --help tells more"
         )
     command = COMMANDS[name]
+    own, flags = list(arguments[1:]), {}
+    if name == "lm" and "--" in own:  # what follows is lm-eval's
+        own, flags = own[: own.index("--")], {"lm_eval_flags": own[own.index("--") + 1 :]}
     parser = Parser(prog=f"vlm-taid eval {name}", description=(command.__doc__ or "").split("\n")[0])
     if name == "compare":
         parser.add_argument("evaluations", nargs="+", help="results files or folders, each as PATH or LABEL=PATH")
     parser.add_function_arguments(command, as_positional=False, skip={"evaluations"})
-    command(**vars(parser.parse([_underscored(argument) for argument in arguments[1:]])[1]))
+    command(**vars(parser.parse([_underscored(argument) for argument in own])[1]) | flags)
 
 
 def _underscored(argument: str) -> str:
