@@ -38,7 +38,7 @@ def run_lm_eval(
         InputError: lm-eval is not installed, or refuses the tasks or flags; the model folder is none.
     """
     try:
-        from lm_eval.__main__ import cli_evaluate
+        from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError("eval lm --tasks needs lm-eval: pip install 'vlm-taid[lm-eval]'") from error
     check_folder(model)
