@@ -146,7 +146,7 @@ def test_long_row_is_named_and_never_cut(recipe, capfd):
         (["--training.eval_strategy", "steps"], "data.validation"),
         (["--training.train_sampling_strategy", "group_by_length"], "group_by_length"),
         (["--training.resume_from_checkpoint", "x"], "training.resume"),
-        (["--training.optim", "adamw_bnb_8bit"], "bitsandbytes"),
+        (["--training.optim", "galore_adamw"], "galore"),
         (["--student.attn_implementation", "flash_attention_2"], "FlashAttention"),
         (["--training.deepspeed", "configs/deepspeed/zero2.json"], "deepspeed --num_gpus"),
     ],
