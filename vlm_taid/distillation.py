@@ -18,6 +18,7 @@ from .caching import belongs
 from .checkpoints import MANIFEST, broken, newest_whole
 from .data import ConversationDataset
 from .errors import InputError
+from .evaluation_callback import EvaluationCallback
 from .model_card import model_card
 from .pairing import paired_collator
 from .pretrained import load_model
@@ -159,6 +160,8 @@ def build_trainer(recipe: Recipe, arguments: DistillationArguments) -> Distillat
         processing_class=collator.student.processor,
     )
     trainer.card = lambda: model_card(recipe, trainer.state, trainer.model)
+    if recipe.evaluation is not None:
+        trainer.add_callback(EvaluationCallback(recipe.evaluation, trainer))
     if teacher is not None and vocabulary is not None:
         trainer.accelerator.print(
             f"{'one encoding serves both models' if collator.shared else 'each model has its own token stream'}; "
@@ -205,6 +208,7 @@ def _changed(recipe: Recipe, output: Path) -> list[str]:
     old, new = yaml.safe_load(before.read_text()), json.loads(json.dumps(recipe.to_dict()))
     for sections in (old, new):
         sections["training"].pop("resume", None)
+        sections.pop("evaluation", None)  # it changes no weight
     return [key for key in {**old, **new} if old.get(key) != new.get(key)]
 
 

@@ -16,6 +16,7 @@ from jsonargparse import Namespace
 
 from .data import DataOptions
 from .errors import InputError
+from .evaluation_callback import EvaluationOptions
 from .objectives import OBJECTIVES, LearnedTemperature, Objective, TAIDSchedule
 from .parsing import Parser
 from .rollout import RolloutOptions
@@ -130,6 +131,7 @@ class Recipe:
     teacher: TeacherOptions | None
     training: dict[str, Any]
     rollout: RolloutOptions | None = None
+    evaluation: EvaluationOptions | None = None
     teachers: list[WeightedTeacherOptions] = dataclasses.field(default_factory=list)
 
     @property
@@ -166,6 +168,7 @@ class Recipe:
             teacher=sections.teacher,
             training=_changed(parsed.training),
             rollout=sections.rollout,
+            evaluation=sections.evaluation,
             teachers=list(sections.teachers),
         )
         recipe.check()
@@ -201,6 +204,13 @@ class Recipe:
                 raise InputError("rollout needs a live teacher: teacher.cache holds the data's answers alone")
             if self.rollout.policy == "distillm" and training.get("eval_strategy", "no") == "no":
                 raise InputError("rollout.policy: distillm follows the validation loss: set training.eval_strategy")
+        if self.evaluation is not None:
+            self.evaluation.tasks()
+            if training.get("fsdp"):
+                raise InputError(
+                    "evaluation: under FSDP all ranks would have to write equally long answers: use DeepSpeed or DDP, "
+                    "or leave evaluation out and run vlm-taid eval run on a checkpoint"
+                )
         if training.get("eval_strategy", "no") != "no" and not self.data.validation:
             raise InputError("training.eval_strategy is set and data.validation is empty: give at least one source")
         if training.get("train_sampling_strategy") == "group_by_length":
@@ -248,7 +258,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in a recipe file; an ``sft`` run needs no teacher section."""
         sections = {"student": self.student, "teacher": self.teacher, "data": self.data, "objective": self.objective}
-        sections["rollout"] = self.rollout
+        sections |= {"rollout": self.rollout, "evaluation": self.evaluation}
         plain: dict[str, Any] = {key: dataclasses.asdict(value) for key, value in sections.items() if value is not None}
         if self.teachers:
             plain["teachers"] = [dataclasses.asdict(one) for one in self.teachers]
@@ -269,6 +279,7 @@ def recipe_parser() -> Parser:
     parser.add_class_arguments(DataOptions, "data", help="what is trained on")
     parser.add_class_arguments(ObjectiveOptions, "objective", help="what the student is held against")
     parser.add_argument("--rollout", type=RolloutOptions | None, default=None, help="answers that the student samples")
+    parser.add_argument("--evaluation", type=EvaluationOptions | None, default=None, help="scores during training")
     parser.add_class_arguments(
         DistillationArguments,
         "training",

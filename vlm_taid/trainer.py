@@ -269,6 +269,10 @@ class DistillationTrainer(ResumableTrainer):
                 logs["refused_rows"] = self.refused_rows
         super().log(logs, start_time)
 
+    def not_training(self, seconds: float) -> None:
+        """Leaves seconds out of the throughput, which is training's."""
+        self._window.since += seconds
+
     # -- evaluation ----------------------------------------------------------------------------------------------
 
     def evaluation_loop(
@@ -308,7 +312,7 @@ class DistillationTrainer(ResumableTrainer):
             metrics[f"{metric_key_prefix}_refused_rows"] = refused
         if self.rollout is not None and metric_key_prefix == "eval":
             self.rollout.validated(metrics["eval_loss"])
-        self._window.since += time.perf_counter() - began  # throughput is training's
+        self.not_training(time.perf_counter() - began)
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(torch.cat(sums_B3)))  # pyright: ignore[reportArgumentType]
 
     # -- state ---------------------------------------------------------------------------------------------------
