@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,7 @@ COMMAND = "from vlm_taid.cli import main; import sys, torch; torch.set_num_threa
 
 
 def timed(ranks: int, model: Path, data: Path, batch_size: int, limit: int | None, output: Path) -> dict:
-    """One run of the command: its results file's numbers, and the seconds of the whole process."""
+    """One run of the command: its results file's numbers, and the process's seconds, on the clock and of CPU."""
     script = output / "command.py"
     output.mkdir(parents=True)
     script.write_text(COMMAND)
@@ -30,11 +31,11 @@ def timed(ranks: int, model: Path, data: Path, batch_size: int, limit: int | Non
     words += ["--output_path", str(output)] + ([] if limit is None else ["--limit", str(limit)])
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    started = time.perf_counter()
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     ran = subprocess.run(
         [sys.executable, *launcher, str(script), *words], env=environment, capture_output=True, text=True
     )
-    wall = time.perf_counter() - started
+    wall, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     if ran.returncode:
         raise SystemExit(ran.stderr[-3000:])
     results = json.loads(next(output.rglob("results_*.json")).read_text())
@@ -45,6 +46,8 @@ def timed(ranks: int, model: Path, data: Path, batch_size: int, limit: int | Non
         "questions": len(samples),
         "seconds": seconds,
         "wall": round(wall, 1),
+        "cpu": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
+        "load": round(os.getloadavg()[0], 1),
         "per_second": round(len(samples) / seconds, 1),
         "score": results["results"]["easy_vqa"]["exact_match,none"],
         "answers": [sample["filtered_resps"][0] for sample in samples],

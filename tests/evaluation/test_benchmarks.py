@@ -212,7 +212,7 @@ def test_tasks_are_listed(capsys, monkeypatch):
     printed = capsys.readouterr().out
     for name in TASKS:
         assert name in printed
-    assert "open_vlm_leaderboard" in printed and "mme_lmms (lmms)" in printed
+    assert "open_vlm_leaderboard" in printed and "lmms: mme_lmms" in printed
 
 
 def test_the_leaderboards_average():

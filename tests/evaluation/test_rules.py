@@ -241,7 +241,9 @@ def test_only_the_same_run_is_continued(model, rows, tmp_path):
     assert journal.read_text().splitlines()[0] != mark  # other weights are another run
 
 
-def test_resume_needs_a_folder():
+def test_resume_needs_a_folder(capfd):
+    assert main(["eval", "run", "--model", "nothing", "--data", "a=x", "--resume", "--batch-size=2"]) == 2
+    assert "--resume needs" in capfd.readouterr().err  # a bare flag is true
     with pytest.raises(InputError, match="--resume needs"):
         run_command("nothing", data="a=x", resume=True)
 

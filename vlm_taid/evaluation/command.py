@@ -217,7 +217,7 @@ def make_judge(url: str | None, model: str | None, output_path: str | None) -> J
 
 
 def tasks_command(include_path: str | None = None) -> None:
-    """Lists the benchmarks: metrics by flavor, prompts, the longest answer, whether a judge is needed.
+    """Lists the benchmarks: metrics by flavor, the default first, and whether a judge is needed.
 
     Args:
         include_path: A task file of one's own (YAML), or a folder of them, to be listed too.
@@ -225,11 +225,12 @@ def tasks_command(include_path: str | None = None) -> None:
     Raises:
         InputError: a task file cannot be read.
     """
-    table = Table("task", "metric (flavor)", "prompts", "tokens", "judge", "what it is", show_lines=False)
+    table = Table("task", "what it is, and its metric by flavor", "judge", show_lines=True)
+    table.columns[0].no_wrap = True
     for name, task in sorted(known_tasks(include_path).items()):
-        metrics = "\n".join(f"{metric} ({flavor})" for flavor, metric in task.flavors.items())
+        metrics = ", ".join(f"{flavor}: {metric}" for flavor, metric in task.flavors.items())
         judge = {None: "", "grade": "needed", "extract": "for some"}[scoring(task.metric).judge]
-        table.add_row(name, metrics, ", ".join(task.prompts), str(task.max_new_tokens), judge, task.description)
+        table.add_row(name, f"{task.description}\n{metrics}", judge)
     console = Console()
     console.print(table)
     for name, group in groups().items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from inspect import signature
+from itertools import pairwise
 
 from vlm_taid.errors import InputError
 from vlm_taid.evaluation.command import run_command, tasks_command
@@ -39,12 +41,17 @@ def eval_command(arguments: Sequence[str]) -> None:
     if name == "compare":
         parser.add_argument("evaluations", nargs="+", help="results files or folders, each as PATH or LABEL=PATH")
     parser.add_function_arguments(command, as_positional=False, skip={"evaluations"})
-    command(**vars(parser.parse([_underscored(argument) for argument in own])[1]) | flags)
+    command(**vars(parser.parse(_words(command, own))[1]) | flags)
 
 
-def _underscored(argument: str) -> str:
-    """``--batch-size=2`` as ``--batch_size=2``; what does not begin with two dashes as it is."""
-    if not argument.startswith("--"):
-        return argument
-    option, separator, value = argument[2:].partition("=")
-    return f"--{option.replace('-', '_')}{separator}{value}"
+def _words(command: Callable[..., object], arguments: Sequence[str]) -> list[str]:
+    """The arguments with underscores in the options' names, as lm-eval's are known, and ``true`` after a bare flag."""
+    flags = {f"--{name}" for name, parameter in signature(command).parameters.items() if parameter.annotation == "bool"}
+    words = []
+    for argument, following in pairwise([*arguments, "--"]):
+        option, separator, value = argument.partition("=")
+        if argument.startswith("--"):
+            argument = f"--{option[2:].replace('-', '_')}{separator}{value}"
+        bare = argument in flags and following.startswith("--")
+        words.append(f"{argument}=true" if bare else argument)
+    return words
