@@ -144,7 +144,7 @@ def test_long_row_is_named_and_never_cut(recipe, capfd):
         (["--objective.temperature", "0"], "temperature must be positive"),
         (["--teacher.zero_stage", "3"], "teacher.zero_stage"),
         (["--training.eval_strategy", "steps"], "data.validation"),
-        (["--training.train_sampling_strategy", "group_by_length"], "group_by_length"),
+        (["--training.train_sampling_strategy", "batch_rebalance"], "batch_rebalance"),
         (["--training.resume_from_checkpoint", "x"], "training.resume"),
         (["--training.optim", "galore_adamw"], "galore"),
         (["--student.attn_implementation", "flash_attention_2"], "FlashAttention"),

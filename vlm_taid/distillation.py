@@ -19,6 +19,7 @@ from .checkpoints import MANIFEST, broken, newest_whole
 from .data import ConversationDataset
 from .errors import InputError
 from .evaluation_callback import EvaluationCallback
+from .lengths import PackedRows, row_lengths
 from .model_card import model_card
 from .pairing import paired_collator
 from .pretrained import load_model
@@ -128,14 +129,13 @@ def build_trainer(recipe: Recipe, arguments: DistillationArguments) -> Distillat
             collator.stored = teacher.stored
         vocabulary.check_fits(head_rows(student), teacher.head_rows)
 
-    def rows(sources: Any) -> ConversationDataset | None:
-        if not sources:
-            return None
+    def rows(sources: Any) -> ConversationDataset:
         return ConversationDataset(
             sources, on_bad_row=recipe.data.on_bad_row, allow_urls=recipe.data.allow_urls, seed=arguments.seed
         )
 
-    train_dataset, eval_dataset = rows(recipe.data.train), rows(recipe.data.validation)
+    train_dataset: Any = rows(recipe.data.train)
+    eval_dataset = rows(recipe.data.validation) if recipe.data.validation else None
     if isinstance(teacher, CachedTeacher):
         for dataset in (train_dataset, eval_dataset):
             teacher.check_rows(dataset.row_names() if dataset else [])
@@ -143,6 +143,13 @@ def build_trainer(recipe: Recipe, arguments: DistillationArguments) -> Distillat
     if recipe.rollout is not None:
         rank = arguments.process_index
         rollout = Rollout(recipe.rollout, train_dataset, collator, seed=arguments.seed, rank=rank)
+    strategy, lengths_R = arguments.train_sampling_strategy, None
+    if strategy == "group_by_length":
+        lengths_R = row_lengths(train_dataset, collator, arguments)
+    elif recipe.data.packing:
+        tokens_R = row_lengths(train_dataset, collator, arguments)
+        seed = None if strategy == "sequential" else arguments.seed
+        train_dataset = PackedRows(train_dataset, tokens_R, cast(int, recipe.data.max_length), seed)
     trainer = DistillationTrainer(
         student,
         arguments,
@@ -155,6 +162,7 @@ def build_trainer(recipe: Recipe, arguments: DistillationArguments) -> Distillat
         tower_training=recipe.student.tower_mode == "train",
         memory=recipe.objective.memory,
         diagnostics=recipe.objective.diagnostics,
+        lengths_R=lengths_R,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=collator.student.processor,

@@ -213,11 +213,7 @@ class Recipe:
                 )
         if training.get("eval_strategy", "no") != "no" and not self.data.validation:
             raise InputError("training.eval_strategy is set and data.validation is empty: give at least one source")
-        if training.get("train_sampling_strategy") == "group_by_length":
-            raise InputError(
-                "training.train_sampling_strategy: rows are encoded when they are needed, so their lengths are not "
-                "known for group_by_length: use random or sequential"
-            )
+        self._check_order()
         if training.get("label_smoothing_factor"):
             raise InputError("training.label_smoothing_factor has no meaning here: the objective makes the targets")
         if training.get("resume_from_checkpoint"):
@@ -226,6 +222,22 @@ class Recipe:
             raise InputError("data.train is empty: give at least one source")
         self.objective.schedule()
         self.objective.learned_temperature()
+
+    def _check_order(self) -> None:
+        strategy = self.training.get("train_sampling_strategy")
+        if strategy == "batch_rebalance":
+            raise InputError(
+                "training.train_sampling_strategy: batch_rebalance is not supported: group_by_length gives all ranks "
+                "rows of similar length, and data.packing equally many tokens"
+            )
+        if not self.data.packing:
+            return
+        if self.data.max_length is None:
+            raise InputError("data.packing needs data.max_length: the tokens of a sequence")
+        if strategy == "group_by_length":
+            raise InputError("data.packing leaves no padding for training.train_sampling_strategy: group_by_length")
+        if self.rollout is not None:
+            raise InputError("rollout samples answers row by row: set data.packing: false")
 
     def arguments(self) -> DistillationArguments:
         """The training section as DistillationArguments; under a launcher this starts the process group.

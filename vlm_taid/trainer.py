@@ -8,7 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,12 +17,13 @@ from typing import Any, cast
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from .data.workers import DeafContext
 from .errors import InputError
+from .lengths import LengthGrouped
 from .objectives import (
     FKL,
     MEMORY,
@@ -41,7 +42,7 @@ from .pretrained import vision_towers
 from .resumable import ResumableTrainer
 from .rollout import Rollout
 from .streams import PairedBatch, PairedCollator
-from .teachers import CachedTeacher, LiveTeacher, SeveralTeachers
+from .teachers import CachedTeacher, LiveTeacher, SeveralTeachers, prove_packing
 from .teachers.live import hidden_at
 from .trainable import without_adapters
 from .training_log import RestWatch, Window, peak_memory, schedule_values
@@ -85,6 +86,7 @@ class DistillationTrainer(ResumableTrainer):
         tower_training: vision towers in train mode (dropout, BatchNorm statistics); else they stay in eval mode.
         memory: MiB for the logits that the fused loss holds at a time.
         diagnostics: log ``diagnostic_names`` too.
+        lengths_R: tokens of the training rows, for batches of similar length; None: rows come as Trainer orders them.
         trainer_options: further arguments of Trainer (datasets, callbacks, processing_class, ...).
     """
 
@@ -104,11 +106,14 @@ class DistillationTrainer(ResumableTrainer):
         tower_training: bool = False,
         memory: float = MEMORY,
         diagnostics: bool = False,
+        lengths_R: Sequence[int] | None = None,
         **trainer_options: Any,
     ):
         super().__init__(model, args, data_collator=collator, **trainer_options)
         self.objective, self.teacher, self.schedule, self.memory = objective, teacher, schedule, memory
         self.temperature, self.collator, self.rollout = temperature, collator, rollout
+        block = args.train_batch_size * args.world_size
+        self.grouped = None if lengths_R is None else LengthGrouped(lengths_R, block, args.data_seed or args.seed)
         self.columns: Tensor | slice | None = None  # the student's, of the shared vocabulary
         self.rest: Tensor | None = None  # the student's, in one bucket
         self.rest_watch: RestWatch | None = None
@@ -185,6 +190,8 @@ class DistillationTrainer(ResumableTrainer):
         outer: Any = self.accelerator.unwrap_model(model)
         student = without_adapters(outer)
         target, gathered = None, nullcontext()
+        if self.head is None and self.collator.options.packing and self.teacher is not None:
+            self.teacher.prove_packing(self.collator.teacher or self.collator.student)
         if self.teacher is not None and objective.uses_teacher:
             target = self.teacher.signal(batch)
             gathered = self.teacher.gathered()
@@ -205,6 +212,8 @@ class DistillationTrainer(ResumableTrainer):
         def forward() -> tuple[Tensor | None, ...]:
             if self.head is None:
                 self.head = replace(Head.of(student, self.columns), rest=self.rest)
+                if self.collator.options.packing:
+                    prove_packing(student, self.collator.student, hidden_at)
             hidden_NH = hidden_at(student, batch["student"], batch["student_rows_N"])
             output = student.get_output_embeddings()
             self.head = replace(self.head, weight=output.weight, bias=getattr(output, "bias", None))
@@ -222,6 +231,17 @@ class DistillationTrainer(ResumableTrainer):
             inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
             loader.multiprocessing_context = inner.multiprocessing_context = DeafContext()
         return loader
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return super()._get_train_sampler(train_dataset) if self.grouped is None else self.grouped
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        return None if self.args.world_size > 1 else SequentialSampler(eval_dataset)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.grouped is not None:
+            self.grouped.epoch = kwargs["epoch"]
+        super()._run_epoch(*args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return super().floating_point_ops(inputs["student"])

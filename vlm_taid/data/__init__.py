@@ -3,7 +3,8 @@
 from vlm_taid.data.conversation import Conversation, Part, Role, Turn
 from vlm_taid.data.formats import FORMATS, FormatName, RowContext
 from vlm_taid.data.images import load_image
-from vlm_taid.data.sources import ConversationDataset, DataOptions, SourceOptions
+from vlm_taid.data.sources import ConversationDataset, DataOptions
+from vlm_taid.data.tables import SourceOptions
 
 __all__ = [
     "FORMATS",

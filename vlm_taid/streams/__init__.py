@@ -2,14 +2,16 @@
 
 from .alignment import Alignment, align
 from .answers import Answer
-from .collator import PairedBatch, PairedCollator, TeacherRow
-from .encoder import Stream, StreamEncoder, same_processing
+from .collator import Pack, PairedBatch, PairedCollator, TeacherRow
+from .encoder import Stream, StreamEncoder, same_processing, serialised
+from .packing import best_fit, packed
 from .prompts import encode_prompts
 from .vocabulary import SharedVocabulary
 
 __all__ = [
     "Alignment",
     "Answer",
+    "Pack",
     "PairedBatch",
     "PairedCollator",
     "SharedVocabulary",
@@ -17,6 +19,9 @@ __all__ = [
     "StreamEncoder",
     "TeacherRow",
     "align",
+    "best_fit",
     "encode_prompts",
+    "packed",
     "same_processing",
+    "serialised",
 ]

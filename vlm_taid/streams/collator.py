@@ -15,8 +15,11 @@ from PIL import Image
 from ..data import Conversation, DataOptions
 from ..errors import BadRow
 from .alignment import Alignment, align
-from .encoder import Stream, StreamEncoder
+from .encoder import EncodedBatch, Stream, StreamEncoder
+from .packing import packed
 from .vocabulary import SharedVocabulary
+
+Pack = list[Conversation | BadRow]
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class PairedCollator:
     Where a model takes pictures and no row of a batch has one, a filler row with a picture and without answers is
     added: every rank must enter the same modules. A batch with no row left holds the filler alone.
 
+    A list among the rows is a pack: the batch then has one sequence for each pack (``packing``), for both models alike.
+
     Args:
         student: the student's encoder.
         teacher: the teacher's; the same object when one encoding serves both, None for ``sft``.
@@ -102,10 +107,14 @@ class PairedCollator:
         self.shared = teacher is None or teacher is student
         self.takes_images = student.takes_images or (teacher is not None and teacher.takes_images)
 
-    def __call__(self, conversations: Sequence[Conversation | BadRow]) -> PairedBatch:
+    def __call__(self, conversations: Sequence[Conversation | BadRow | Pack]) -> PairedBatch:
         """Raises:
         BadRow: a row cannot be used and ``on_bad_row`` is ``error``.
         """
+        packs = [row for row in conversations if isinstance(row, list)]
+        pack_of = [number for number, pack in enumerate(packs) for _ in pack]
+        if packs:
+            conversations = [row for pack in packs for row in pack]
         refused = [row for row in conversations if isinstance(row, BadRow)]
         given = {place: row for place, row in enumerate(conversations) if isinstance(row, Conversation)}
         places = list(given)
@@ -142,7 +151,12 @@ class PairedCollator:
                     for place, stream, pair in theirs
                 ]
             )
-        batch = self._batch(student.inputs, teacher.inputs, pairs)
+        groups: list[list[int]] | None = [[] for _ in packs] if packs else None
+        if groups is not None:
+            for index, place in enumerate(places):
+                groups[pack_of[place]].append(index)
+            groups[-1] += [len(rows)] if fill else []
+        batch = self._batch(student, teacher, pairs, groups)
         if stored:
             batch["teacher"] = None
         return PairedBatch(
@@ -175,18 +189,44 @@ class PairedCollator:
         options = self.options
         return align(student, teacher, self.vocabulary, pair=options.pair, min_paired_share=options.min_paired_share)
 
-    def _batch(self, student: dict, teacher: dict, pairs: list[Alignment]) -> dict[str, Any]:
-        def flat(positions: list[list[int]], inputs: dict) -> torch.Tensor:
-            length = inputs["input_ids"].shape[1]
-            return torch.tensor([b * length + i for b, row in enumerate(positions) for i in row], dtype=torch.long)
+    def tokens(self, conversation: Conversation | BadRow) -> int:
+        """Tokens of a row in the longer of its streams; 0 for a row that is refused."""
+        if isinstance(conversation, BadRow):
+            return 0
+        encoders = [self.student] if self.shared or self.teacher is None else [self.student, self.teacher]
+        encoded = [encoder.encode_batch([conversation]) for encoder in encoders]
+        if any(one.refused for one in encoded):
+            return 0  # the collator says why when the row's turn comes
+        return max(len(one.streams[0].input_ids_T) for one in encoded)
 
-        student_rows_N = flat([pair.student_positions_N for pair in pairs], student)
+    def _batch(
+        self, student: EncodedBatch, teacher: EncodedBatch, pairs: list[Alignment], groups: list[list[int]] | None
+    ) -> dict[str, Any]:
+        inputs, student_rows_N = self._laid(student, [pair.student_positions_N for pair in pairs], groups, self.student)
+        theirs, teacher_rows_N = inputs, student_rows_N
+        if not self.shared and self.teacher is not None:
+            positions = [pair.teacher_positions_N for pair in pairs]
+            theirs, teacher_rows_N = self._laid(teacher, positions, groups, self.teacher)
         return {
-            "student": student,
-            "teacher": None if self.teacher is None else teacher,
+            "student": inputs,
+            "teacher": None if self.teacher is None else theirs,
             "student_rows_N": student_rows_N,
-            "teacher_rows_N": student_rows_N
-            if self.shared
-            else flat([pair.teacher_positions_N for pair in pairs], teacher),
+            "teacher_rows_N": teacher_rows_N,
             "labels_N": torch.tensor([i for pair in pairs for i in pair.target_ids_N], dtype=torch.long),
         }
+
+    def _laid(
+        self,
+        batch: EncodedBatch,
+        positions: list[list[int]],
+        groups: list[list[int]] | None,
+        encoder: StreamEncoder,
+    ) -> tuple[dict[str, Any], torch.Tensor]:
+        """A model's inputs, and its rows' positions in them."""
+        inputs, length = batch.inputs, batch.inputs["input_ids"].shape[1]
+        starts = [row * length for row in range(len(batch.streams))]
+        if groups is not None:
+            lengths = [len(stream.input_ids_T) for stream in batch.streams]
+            inputs, starts = packed(inputs, lengths, groups, encoder.tokenizer.pad_token_id)
+        flat = [start + i for start, row in zip(starts, positions, strict=False) for i in row]  # the filler has none
+        return inputs, torch.tensor(flat, dtype=torch.long)

@@ -231,7 +231,7 @@ class StreamEncoder:
 
 def same_processing(student: StreamEncoder, teacher: StreamEncoder) -> bool:
     """Whether one encoding serves both models: equal serialised settings, and equal outputs on probe rows."""
-    if _serialised(student) != _serialised(teacher):
+    if serialised(student) != serialised(teacher):
         return False
     texts = ["Hello, wörld", "two\nlines 12"]
     for size in [(64, 48), (33, 97)] if student.takes_images else [None]:
@@ -244,7 +244,8 @@ def same_processing(student: StreamEncoder, teacher: StreamEncoder) -> bool:
     return True
 
 
-def _serialised(encoder: StreamEncoder) -> tuple:
+def serialised(encoder: StreamEncoder) -> tuple:
+    """What decides how an encoder reads rows."""
     settings = encoder.processor.to_dict() if encoder.takes_images else {}
     settings.pop("processor_class", None)
     return (

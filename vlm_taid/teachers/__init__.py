@@ -2,6 +2,7 @@
 
 from .cached import ABOUT, VERSION, CachedTeacher, ShardWriter, StoredTokens, fingerprint, row_key, shard_file
 from .live import LiveTeacher, TeacherOptions, head_rows
+from .packed import prove_packing
 from .several import SeveralTeachers, WeightedTeacherOptions
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "WeightedTeacherOptions",
     "fingerprint",
     "head_rows",
+    "prove_packing",
     "row_key",
     "shard_file",
 ]

@@ -248,6 +248,9 @@ class CachedTeacher:
     def share(self, *_: Any, **__: Any) -> None:
         """The cache was made over the shared vocabulary."""
 
+    def prove_packing(self, *_: Any) -> None:
+        """It runs no model."""
+
     def signal(self, batch: Mapping[str, Any]) -> TopKSignal:
         """The stored distributions at a PairedBatch's paired positions."""
         return TopKSignal(**batch["stored"])

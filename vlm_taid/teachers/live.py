@@ -19,6 +19,8 @@ from transformers import BitsAndBytesConfig
 from ..errors import InputError
 from ..objectives import Head, HiddenSignal, redirected
 from ..pretrained import ModelOptions, load_model, loading_under
+from ..streams import StreamEncoder
+from .packed import prove_packing, with_positions
 
 DROPPED = ("optimizer", "scheduler", "gradient_clipping", "gradient_accumulation_steps", "train_batch_size")
 
@@ -113,6 +115,10 @@ class LiveTeacher:
         at = batch["teacher"], batch["teacher_rows_N"]
         return HiddenSignal(redirected(self.wrapper, self.model, lambda: hidden_at(self.model, *at)), self.head)
 
+    def prove_packing(self, encoder: StreamEncoder) -> None:
+        """As ``packed.prove_packing``; every rank must call."""
+        redirected(self.wrapper, self.model, lambda: prove_packing(self.model, encoder, hidden_at))
+
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """Holds the whole head on every rank while a loss is made; every rank must enter."""
@@ -151,7 +157,7 @@ def hidden_at(model: Any, inputs: dict[str, Any], rows_N: Tensor) -> Tensor:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     inputs = {
         key: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-        for key, value in inputs.items()
+        for key, value in with_positions(model, inputs).items()
     }
     hidden_BTG = model.base_model(**inputs, use_cache=False).last_hidden_state
     return hidden_BTG.flatten(0, 1)[rows_N]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..objectives import MixedSignal
+from ..streams import StreamEncoder
 from .live import LiveTeacher, TeacherOptions
 
 
@@ -54,6 +55,11 @@ class SeveralTeachers:
     def signal(self, batch: Mapping[str, Any]) -> MixedSignal:
         """Every teacher's signal, weighted."""
         return MixedSignal(tuple(teacher.signal(batch) for teacher in self.teachers), self.weights, self.mix)
+
+    def prove_packing(self, encoder: StreamEncoder) -> None:
+        """Every teacher's."""
+        for teacher in self.teachers:
+            teacher.prove_packing(encoder)
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
