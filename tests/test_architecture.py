@@ -22,6 +22,7 @@ ALLOWED = {
     "resumable": {"checkpoints"},
     "rollout": {"data", "streams"},
     "lengths": {"data", "streams"},
+    "streamed_batches": {"data", "streams"},
     "training_log": {"objectives"},
     "trainer": {
         "data",
@@ -30,6 +31,7 @@ ALLOWED = {
         "pretrained",
         "resumable",
         "rollout",
+        "streamed_batches",
         "streams",
         "teachers",
         "trainable",
@@ -53,6 +55,7 @@ ALLOWED = {
         "pretrained",
         "recipe",
         "rollout",
+        "streamed_batches",
         "streams",
         "teachers",
         "trainable",

@@ -52,6 +52,8 @@ def cache(recipe: Recipe, output: Path, k: int = 64, rows_per_shard: int = 4096)
         raise InputError("the recipe has no teacher section: there is nothing to cache")
     if k < 4 or k % 4:
         raise InputError(f"k is {k}: a multiple of 4 is expected")
+    if recipe.data.streaming:
+        raise InputError("a cache is of rows that have places: set data.streaming: false")
     arguments = _reduced(recipe).arguments()
     state = PartialState()
     teacher = LiveTeacher(recipe.teacher, arguments.device)

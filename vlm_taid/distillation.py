@@ -16,7 +16,7 @@ from transformers import set_seed
 
 from .caching import belongs
 from .checkpoints import MANIFEST, broken, newest_whole
-from .data import ConversationDataset
+from .data import ConversationDataset, StreamedRows
 from .errors import InputError
 from .evaluation_callback import EvaluationCallback
 from .lengths import PackedRows, row_lengths
@@ -25,6 +25,8 @@ from .pairing import paired_collator
 from .pretrained import load_model
 from .recipe import Recipe
 from .rollout import Rollout
+from .streamed_batches import StreamedBatches
+from .streams import PairedCollator
 from .teachers import CachedTeacher, LiveTeacher, SeveralTeachers, head_rows
 from .trainable import check_trainable, freeze, save_merged, with_adapters
 from .trainer import DistillationArguments, DistillationTrainer
@@ -134,7 +136,8 @@ def build_trainer(recipe: Recipe, arguments: DistillationArguments) -> Distillat
             sources, on_bad_row=recipe.data.on_bad_row, allow_urls=recipe.data.allow_urls, seed=arguments.seed
         )
 
-    train_dataset: Any = rows(recipe.data.train)
+    strategy, lengths_R = arguments.train_sampling_strategy, None
+    train_dataset: Any = _stream(recipe, collator, arguments) if recipe.data.streaming else rows(recipe.data.train)
     eval_dataset = rows(recipe.data.validation) if recipe.data.validation else None
     if isinstance(teacher, CachedTeacher):
         for dataset in (train_dataset, eval_dataset):
@@ -143,10 +146,9 @@ def build_trainer(recipe: Recipe, arguments: DistillationArguments) -> Distillat
     if recipe.rollout is not None:
         rank = arguments.process_index
         rollout = Rollout(recipe.rollout, train_dataset, collator, seed=arguments.seed, rank=rank)
-    strategy, lengths_R = arguments.train_sampling_strategy, None
     if strategy == "group_by_length":
         lengths_R = row_lengths(train_dataset, collator, arguments)
-    elif recipe.data.packing:
+    elif recipe.data.packing and not recipe.data.streaming:
         tokens_R = row_lengths(train_dataset, collator, arguments)
         seed = None if strategy == "sequential" else arguments.seed
         train_dataset = PackedRows(train_dataset, tokens_R, cast(int, recipe.data.max_length), seed)
@@ -176,6 +178,26 @@ def build_trainer(recipe: Recipe, arguments: DistillationArguments) -> Distillat
             f"{len(vocabulary):,} shared tokens (heads of {head_rows(student):,} and {teacher.head_rows:,} rows)"
         )
     return trainer
+
+
+def _stream(recipe: Recipe, collator: PairedCollator, arguments: DistillationArguments) -> StreamedBatches:
+    arguments.ignore_data_skip = True  # the stream knows its place
+    rows = StreamedRows(
+        recipe.data.train,
+        on_bad_row=recipe.data.on_bad_row,
+        allow_urls=recipe.data.allow_urls,
+        seed=arguments.seed,
+        shuffled=arguments.train_sampling_strategy == "random",
+    )
+    return StreamedBatches(
+        rows,
+        collator,
+        arguments.train_batch_size,
+        capacity=recipe.data.max_length if recipe.data.packing else None,
+        rank=arguments.process_index,
+        world=arguments.world_size,
+        workers=arguments.dataloader_num_workers,
+    )
 
 
 def _checkpoint(arguments: DistillationArguments, recipe: Recipe, output: Path) -> Path | None:

@@ -230,6 +230,15 @@ class Recipe:
                 "training.train_sampling_strategy: batch_rebalance is not supported: group_by_length gives all ranks "
                 "rows of similar length, and data.packing equally many tokens"
             )
+        if self.data.streaming:
+            if self.training.get("max_steps", -1) < 1:
+                raise InputError("data.streaming has no end: set training.max_steps")
+            if strategy == "group_by_length":
+                raise InputError(
+                    "data.streaming reads rows as they come: data.packing saves padding, not group_by_length"
+                )
+            if self.rollout is not None or any(one.cache is not None for one in self.all_teachers):
+                raise InputError("rollout and teacher.cache look rows up by their places: set data.streaming: false")
         if not self.data.packing:
             return
         if self.data.max_length is None:

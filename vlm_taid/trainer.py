@@ -41,6 +41,7 @@ from .objectives import (
 from .pretrained import vision_towers
 from .resumable import ResumableTrainer
 from .rollout import Rollout
+from .streamed_batches import StreamedBatches
 from .streams import PairedBatch, PairedCollator
 from .teachers import CachedTeacher, LiveTeacher, SeveralTeachers, prove_packing
 from .teachers.live import hidden_at
@@ -125,6 +126,7 @@ class DistillationTrainer(ResumableTrainer):
             else:
                 self.rest, self.rest_watch = shared.student_rest_R.to(args.device), RestWatch()
                 teacher.share(theirs, shared.teacher_rest_R.to(args.device))
+        self.stream = self.train_dataset if isinstance(self.train_dataset, StreamedBatches) else None
         self.quiet_towers = [] if tower_training else vision_towers(without_adapters(model))
         self.card: Callable[[], str] | None = None  # makes the README.md of each saved model
         self.head: Head | None = None  # proven at the first forward, inside the wrapper
@@ -143,6 +145,8 @@ class DistillationTrainer(ResumableTrainer):
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         for batch in batches:
             self.refused.update(batch["refused"])
+            if self.stream is not None:
+                self.stream.trained(batch)
         if self.rollout is not None:
             student = without_adapters(self.accelerator.unwrap_model(self.model_wrapped))
             at = {"step": self.state.global_step, "num_steps": self.state.max_steps}
@@ -163,7 +167,9 @@ class DistillationTrainer(ResumableTrainer):
         self.stopped = stop > 0
         self.refused_rows += int(refused)
         self.seen_tokens += int(tokens)
-        if self.seen_tokens == 0 and self.refused_rows >= min(100, len(cast(Sized, self.train_dataset))):
+        if self.seen_tokens == 0 and self.refused_rows >= min(
+            100, 100 if self.stream else len(cast(Sized, self.train_dataset))
+        ):
             raise InputError(f"no row can be trained on; the first refused: {next(iter(self.refused), 'another rank')}")
         self._step_tokens = tokens
         self._window.add_pairing(pairing)
@@ -226,11 +232,22 @@ class DistillationTrainer(ResumableTrainer):
         return inputs.to(self.args.device)
 
     def get_train_dataloader(self) -> DataLoader:
-        loader = super().get_train_dataloader()
+        loader = super().get_train_dataloader() if self.stream is None else self._stream_loader(self.stream)
         if loader.num_workers and multiprocessing.get_start_method() == "fork":
             inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
             loader.multiprocessing_context = inner.multiprocessing_context = DeafContext()
         return loader
+
+    def _stream_loader(self, stream: StreamedBatches) -> DataLoader:
+        """Batches as they are: what is whose is decided already, and accelerate would divide it again."""
+        return DataLoader(
+            stream,
+            batch_size=None,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            generator=torch.Generator(),  # else beginning anew would move training's random state
+        )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return super()._get_train_sampler(train_dataset) if self.grouped is None else self.grouped
@@ -251,6 +268,8 @@ class DistillationTrainer(ResumableTrainer):
     def end_of_step(self) -> None:
         """Moves t and counts, after the optimizer step of ``state.global_step - 1``."""
         self._window.tokens += self._step_tokens
+        if self.stream is not None:  # Trainer counts from where it was resumed
+            self.state.epoch = self.state.global_step / self.state.max_steps
         if self.teacher is None and not self.diagnostics:
             return
         ce, kl, slope, rest, *diagnostics = self.sum_over_ranks(self._step_sums).tolist()
@@ -363,10 +382,14 @@ class DistillationTrainer(ResumableTrainer):
     def save_rank_state(self, checkpoint: Path) -> None:
         if self.rollout is not None:
             self.rollout.save_buffer(checkpoint)
+        if self.stream is not None:
+            self.stream.save(checkpoint)
 
     def load_rank_state(self, checkpoint: Path) -> None:
         if self.rollout is not None:
             self.rollout.load_buffer(checkpoint)
+        if self.stream is not None:
+            self.stream.load(checkpoint)
 
     def training_begins(self) -> None:
         self._window = Window()

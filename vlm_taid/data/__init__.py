@@ -4,6 +4,7 @@ from vlm_taid.data.conversation import Conversation, Part, Role, Turn
 from vlm_taid.data.formats import FORMATS, FormatName, RowContext
 from vlm_taid.data.images import load_image
 from vlm_taid.data.sources import ConversationDataset, DataOptions
+from vlm_taid.data.streaming import StreamedRows
 from vlm_taid.data.tables import SourceOptions
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Role",
     "RowContext",
     "SourceOptions",
+    "StreamedRows",
     "Turn",
     "load_image",
 ]

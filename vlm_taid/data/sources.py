@@ -41,6 +41,8 @@ class DataOptions:
     """What to do with a row that cannot be used: stop, or skip it and count it."""
     allow_urls: bool = False
     """Fetch images that are given as http or https URLs."""
+    streaming: bool = False
+    """Read the training rows from files or the hub as they come, shard by shard, in place of loading them first."""
 
 
 class ConversationDataset(Dataset["Conversation | BadRow"]):

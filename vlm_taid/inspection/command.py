@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import islice, takewhile
 from pathlib import Path
 
 from rich.console import Console
 
-from ..data import ConversationDataset
-from ..errors import InputError
+from ..data import Conversation, ConversationDataset, StreamedRows
+from ..errors import BadRow, InputError
 from ..pairing import paired_collator
 from ..recipe import Recipe
 from ..streams import PairedCollator
@@ -34,14 +35,14 @@ def inspect(recipe: Recipe, rows: int = 4, html: Path | None = None, models: boo
     """
     if rows < 1:
         raise InputError(f"--rows is {rows}: at least 1 is needed")
-    data = ConversationDataset(recipe.data.train, on_bad_row="skip", allow_urls=recipe.data.allow_urls)
+    chosen = _rows(recipe, rows)
     collator = paired_collator(recipe)
     if models and collator.teacher is None:
         raise InputError("--models compares a student with a teacher, and this recipe trains without one")
     loaded = Models(recipe, collator) if models else None
     found = []
-    for number in range(min(rows, len(data))):
-        row, batch = inspect_row(data[number * len(data) // min(rows, len(data))], collator)
+    for conversation in chosen:
+        row, batch = inspect_row(conversation, collator)
         if loaded is not None and batch is not None:
             row.predictions = loaded.predict(batch)
         found.append(row)
@@ -52,6 +53,17 @@ def inspect(recipe: Recipe, rows: int = 4, html: Path | None = None, models: boo
         html.write_text(page(lines, found), encoding="utf-8")
         print(f"page: {html}")
     return found
+
+
+def _rows(recipe: Recipe, count: int) -> list[Conversation | BadRow]:
+    """Rows from all over the data, or the first ones of a stream."""
+    if recipe.data.streaming:
+        stream = StreamedRows(recipe.data.train, on_bad_row="skip", allow_urls=recipe.data.allow_urls, shuffled=False)
+        first = takewhile(lambda read: max(at[0] for at in read[1][1]) == 0, stream.read(0, 1))
+        return [row for row, _ in islice(first, count)]
+    data = ConversationDataset(recipe.data.train, on_bad_row="skip", allow_urls=recipe.data.allow_urls)
+    count = min(count, len(data))
+    return [data[number * len(data) // count] for number in range(count)]
 
 
 def summary(recipe: Recipe, collator: PairedCollator, rows: list[InspectedRow]) -> list[str]:
