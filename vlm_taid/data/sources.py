@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -89,9 +90,8 @@ class ConversationDataset(Dataset["Conversation | BadRow"]):
     def fingerprint(self) -> str:
         """A text that changes when the rows do."""
         tables = [source.table._fingerprint for source in self.sources]
-        return repr(
-            [tables, [source.options for source in self.sources], hashlib.sha256(self.row_R.tobytes()).hexdigest()]
-        )
+        order = hashlib.sha256(self.source_R.tobytes() + self.row_R.tobytes()).hexdigest()
+        return repr([tables, [source.options for source in self.sources], order])
 
     def row_names(self) -> list[str]:
         """The names of all rows, in order; a row that the mixture repeats has its name at each place."""

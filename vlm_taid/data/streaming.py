@@ -190,7 +190,11 @@ class _Shards(Origin):
 
     def rows(self, shard: int, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """A shard's raw rows from one on, with their numbers."""
-        yield from enumerate(self._shard(shard).skip(start), start=start)
+        # by batches, because row by row `datasets` divides a shard among data workers, as we have done already
+        for batch in self._shard(shard).skip(start).iter(batch_size=64):
+            for values in zip(*batch.values(), strict=True):
+                yield start, dict(zip(batch, values, strict=True))
+                start += 1
 
     def _shard(self, shard: int) -> Any:
         if self.files:

@@ -13,7 +13,6 @@ from typing import Any, Literal
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
-from vlm_taid.data import ConversationDataset, SourceOptions
 from vlm_taid.data.conversation import Conversation
 from vlm_taid.data.templates import left_out_begin
 from vlm_taid.errors import BadRow, InputError
