@@ -81,7 +81,7 @@ def test_what_does_not_go_with_a_stream_is_said(recipe):
         (["--training.max_steps", "-1"], "set training.max_steps"),
         (
             ["--data.packing", "false", "--training.train_sampling_strategy", "group_by_length"],
-            "data.streaming reads rows",
+            "reads rows",
         ),
         (["--teacher.cache", "somewhere"], "teacher.cache"),
     ):
