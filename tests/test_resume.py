@@ -139,6 +139,36 @@ def test_broken_checkpoint_is_passed_over(pair):
     equal(run, reference)
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, whose size the test sets."""
+
+    def resize(size: int, how: str = "remount") -> None:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"{how},size={size}", "tmpfs", str(tmp_path)], check=True)
+
+    try:
+        resize(2**20, "rw")
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no file system can be mounted here")
+    yield tmp_path, resize
+    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_full_disk_is_named_and_the_run_goes_on_when_there_is_room(pair, small_disk):
+    sizes = {"max_steps": 20, "save_steps": 10}
+    folder, resize = small_disk
+    reference = runs.here(pair("enough_room", **sizes))
+    one = sum(file.stat().st_size for file in (reference / "checkpoint-20").iterdir())
+    resize(one * 3 // 2)
+    recipe = pair("full", output_dir=str(folder / "run"), **sizes)
+    with pytest.raises(InputError, match=r"the disk is full .*checkpoint-10 is whole: free space"):
+        runs.here(recipe)
+    run = folder / "run"
+    assert newest_whole(run) == run / "checkpoint-10" and not (run / ".partial").exists()
+    resize(one * 9)
+    equal(runs.here(recipe), reference)
+
+
 def test_half_written_checkpoint_is_never_taken(tmp_path):
     (tmp_path / "checkpoint-10").mkdir()
     (tmp_path / "checkpoint-10" / "trainer_state.json").write_text("{}")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from .errors import InputError
 
 MANIFEST = "complete.json"
 PARTIAL = ".partial"
+LITTLE = 2**16  # bytes: a disk with no more is full
 
 
 def publish(partial: Path, final: Path, world_size: int) -> None:
@@ -27,6 +32,31 @@ def publish(partial: Path, final: Path, world_size: int) -> None:
         shutil.rmtree(final)
     os.rename(partial, final)
     _sync(final.parent)
+
+
+@contextmanager
+def full_disk_named(run: Path) -> Iterator[None]:
+    """Says of an error that the disk was full, what is kept, and what to do; what was half written is removed.
+
+    Args:
+        run: the run's folder, with its checkpoints.
+
+    Raises:
+        InputError: in the place of whatever a writing library raised.
+    """
+    try:
+        yield
+    except Exception as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        if not full and shutil.disk_usage(run if run.exists() else run.absolute().anchor).free > LITTLE:
+            raise
+        shutil.rmtree(run / PARTIAL, ignore_errors=True)
+        kept = newest_whole(run)
+        raise InputError(
+            f"{run}: the disk is full ({str(error).strip().splitlines()[0]}). "
+            + (f"{kept.name} is whole" if kept is not None else "There is no whole checkpoint yet")
+            + ": free space, or set training.save_total_limit, and run the same command to go on"
+        ) from error
 
 
 def newest_whole(run: Path, warn: Callable[[str], None] = warnings.warn) -> Path | None:

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 
 from .caching import belongs
-from .checkpoints import MANIFEST, broken, newest_whole
+from .checkpoints import MANIFEST, broken, full_disk_named, newest_whole
 from .data import ConversationDataset, StreamedRows
 from .errors import InputError
 from .evaluation_callback import EvaluationCallback
@@ -60,6 +60,11 @@ def distill(recipe: Recipe) -> Path:
         if arguments.process_index == 0:
             print(f"{output} is complete; --training.resume never trains it anew")
         return output
+    with full_disk_named(output):
+        return _trained(recipe, arguments, output, checkpoint)
+
+
+def _trained(recipe: Recipe, arguments: DistillationArguments, output: Path, checkpoint: Path | None) -> Path:
     set_seed(arguments.seed)
     trainer = build_trainer(recipe, arguments)
     if trainer.is_world_process_zero():
