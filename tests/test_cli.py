@@ -135,6 +135,8 @@ def test_long_row_is_named_and_never_cut(recipe, capfd):
         (["--data.max_len", "4"], "data.max_length"),
         (["--training.max_steps", "ten"], "max_steps"),
         (["--objective.name", "tiad"], "taid"),
+        (["--teacher.quantize", "5bit"], "teacher.quantize: one of '4bit', '8bit' was expected, found 5bit"),
+        (["--student.dtype", "float99"], "student.dtype: one of 'auto', 'float32', 'bfloat16', 'float16' was expected"),
         (["--objective.t_start", "2"], "t_start"),
         (["--teacher", "null"], "teacher.path"),
         (["--student.path", "no/such/folder"], "no/such/folder"),

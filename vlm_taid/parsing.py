@@ -64,13 +64,20 @@ class OwnOptions(argparse.ArgumentParser):
 
 
 def explained(message: str, arguments: Sequence[str], known: Sequence[str]) -> str:
-    """A parser's message, with the known key that is nearest to one of the arguments or to one that it names."""
+    """A parser's message, with the known key that is nearest to one of the arguments or to one that it names.
+
+    Where one of a few words was expected, the message is the key, the words and what stood there.
+    """
+    words, keys = re.search(r"typing\.Literal\[(.*?)\]", message), re.findall(r'Parser key "([\w.]+)"', message)
+    found = re.search(r"(?:Got|Given) value: (.*)", message)
+    if words and keys and found:
+        return f"{'.'.join(keys)}: one of {words[1]} was expected, found {found[1]}"
     group = re.search(r"Group '([\w.]+)'", message)
     prefix = f"{group[1]}." if group else ""
     unknown = [prefix + key for key in re.findall(r"option '([\w.]+)'", message)]
     unknown += [argument.split("=")[0].removeprefix("--") for argument in arguments if argument.startswith("--")]
     for key in unknown:
-        near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.6)
+        near = difflib.get_close_matches(key, sorted(k for k in known if not k.endswith(".help")), n=1, cutoff=0.6)
         if key not in known and near and near[0] not in message:
             return f"{message} (nearest known key: {near[0]})"
     return message

@@ -65,7 +65,9 @@ def read_documents(
     if Path(path).suffix == ".txt":
         try:
             text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
             raise InputError(f"{path}: cannot be read as UTF-8: {error}") from error
         if not text.strip():
             raise InputError(f"{path}: the text is empty")
