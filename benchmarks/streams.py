@@ -6,9 +6,11 @@ do other work:
 
 - shared: PairedCollator with one encoding for both models, to a plain call of the processor on the same texts and
   pictures
-- two processors: PairedCollator with two, to the sum of both plain calls
+- two processors: PairedCollator with two, to both plain calls one after the other, whose results are held together as
+  a trainer would need them
 - workers: a DataLoader over the same rows with one running worker, to the same with two; both take both processors,
-  and this process does nothing but receive. Twice as fast is the most that two cores can give
+  and this process does nothing but receive
+- two processes: a loop in Python alone, in one process and shared between two: the most that these two cores can give
 
     python -m benchmarks.streams --data data/sample/vqa.jsonl
 """
@@ -41,10 +43,12 @@ from transformers import (
 )
 
 from vlm_taid.data import Conversation, ConversationDataset, Part, SourceOptions, Turn
+from vlm_taid.data.workers import DeafContext, keep_heap
 from vlm_taid.streams import PairedCollator, SharedVocabulary, StreamEncoder
 from vlm_taid.students import train_tokenizer
 
 torch.set_num_threads(1)
+keep_heap()  # as in training's workers, where streams are made; for all contenders
 ROWS, SIDE, BATCH, TURNS = 512, 448, 8, 5
 
 
@@ -87,22 +91,28 @@ def processors(rows: list[Conversation]) -> tuple[Any, Any]:
     return llava, qwen
 
 
-def plain(processor: Any, batches: list[list[Conversation]]) -> Callable[[], None]:
-    """The processor's own call on rendered rows: what any training would pay."""
+def plain(processors: list[Any], batches: list[list[Conversation]]) -> Callable[[], None]:
+    """The processors' own calls on rendered rows, a batch at a time: what any training would pay."""
     texts = [
-        processor.apply_chat_template(
-            [row.messages() for row in batch], tokenize=False, chat_template=processor.chat_template
-        )
+        [
+            processor.apply_chat_template(
+                [row.messages() for row in batch], tokenize=False, chat_template=processor.chat_template
+            )
+            for processor in processors
+        ]
         for batch in batches
     ]
     images = [[row.images for row in batch] for batch in batches]
 
     def run() -> None:
-        for text, pictures in zip(texts, images, strict=True):
-            processor(
-                text=list(text), images=pictures, padding=True, padding_side="right", return_tensors="pt",
-                add_special_tokens=False,
-            )  # fmt: skip
+        for ours, pictures in zip(texts, images, strict=True):
+            _ = [
+                processor(
+                    text=list(text), images=pictures, padding=True, padding_side="right", return_tensors="pt",
+                    add_special_tokens=False,
+                )
+                for processor, text in zip(processors, ours, strict=True)
+            ]  # fmt: skip
 
     return run
 
@@ -123,11 +133,31 @@ def loaded(collator: PairedCollator, rows: list[Conversation], workers: int) -> 
         collate_fn=collator,
         num_workers=workers,
         persistent_workers=True,
+        multiprocessing_context=DeafContext(),
     )
 
     def run() -> None:
         for _ in loader:
             pass
+
+    return run
+
+
+def python_loop(processes: int) -> Callable[[], None]:
+    """Nothing but arithmetic in Python, divided among processes that share nothing."""
+
+    def run() -> None:
+        children = []
+        for _ in range(processes):
+            child = os.fork()
+            if child == 0:
+                value = 0
+                for number in range(24_000_000 // processes):
+                    value += number * number
+                os._exit(0)
+            children.append(child)
+        for child in children:
+            os.waitpid(child, 0)
 
     return run
 
@@ -142,12 +172,14 @@ def main() -> None:
     shared = PairedCollator(student, student, SharedVocabulary(student, student))
     two = PairedCollator(student, teacher, SharedVocabulary(student, teacher))
     measured = {
-        "plain, first": plain(mine, batches),
-        "plain, second": plain(other, batches),
+        "plain": plain([mine], batches),
+        "plain, both": plain([mine, other], batches),
         "shared": collated(shared, batches),
         "two": collated(two, batches),
         "1 worker": loaded(two, rows, 1),
         "2 workers": loaded(two, rows, 2),
+        "1 process": python_loop(1),
+        "2 processes": python_loop(2),
     }
     seconds: dict[str, list[float]] = {name: [] for name in measured}
     processor_seconds: dict[str, list[float]] = {name: [] for name in measured}
@@ -166,11 +198,12 @@ def main() -> None:
             f"{name}, {unit}": value
             for unit, m in (("wall", median), ("processor time", working))
             for name, value in (
-                ("shared / plain", m["shared"] / m["plain, first"]),
-                ("two / sum of plain", m["two"] / (m["plain, first"] + m["plain, second"])),
+                ("shared / plain", m["shared"] / m["plain"]),
+                ("two / both plain", m["two"] / m["plain, both"]),
             )
         },
         "1 worker / 2 workers, wall": median["1 worker"] / median["2 workers"],
+        "1 process / 2 processes, wall": median["1 process"] / median["2 processes"],
         "seconds": {name: [round(value, 2) for value in values] for name, values in seconds.items()},
         "processor seconds": {  # the workers' are theirs
             name: [round(value, 2) for value in processor_seconds[name]] for name in list(measured)[:4]

@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import multiprocessing
 import signal
 from multiprocessing.context import ForkContext, ForkProcess
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def keep_heap() -> None:
+    """Lets a worker reuse the memory of its last batch.
+
+    glibc gives large blocks back to the system at once, and a batch's pixels then cost thousands of page faults anew.
+    """
+    if hasattr(library := ctypes.CDLL(None), "mallopt"):
+        library.mallopt(M_MMAP_MAX, 0)
+        library.mallopt(M_TRIM_THRESHOLD, 512 * 2**20)
+
 
 class _DeafProcess(ForkProcess):
+    def run(self) -> None:
+        keep_heap()
+        super().run()
+
     def start(self) -> None:
         # blocked before the fork, and so from the worker's first instruction on
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -19,7 +36,10 @@ class _DeafProcess(ForkProcess):
 
 
 class DeafContext(ForkContext):
-    """Workers leave SIGTERM, which launchers send to all processes, to their rank: it needs them for its last step."""
+    """Workers keep their heap, and leave SIGTERM, which launchers send to all processes, to their rank.
+
+    It needs them for its last step.
+    """
 
     Process = _DeafProcess
 
