@@ -25,6 +25,7 @@ from .streamed import KLChunks, streams
 MEMORY = 256  # MiB
 STREAMED_BYTES, DENSE_BYTES = 10, 36  # that a logit of a chunk takes: two fp32 and a bf16; nine fp32 at the worst
 HALF_SUMS = 4  # chunks whose head gradients are summed in bf16: more would round too often
+ENOUGH_ROWS = 192  # a larger chunk is no faster
 
 
 @dataclass(frozen=True)
@@ -108,13 +109,16 @@ def linear_distillation(
                 )
     T = objective.temperature if temperature is None else temperature
     target_t = _streamed_target(head, target, objective, t, T)
-    chunk = chunk or rows_at_a_time(head.weight.shape[0], memory, streamed=target_t is not None)
-    chunk = max(1, -(-len(hidden_NH) // max(1, -(-len(hidden_NH) // chunk))))  # chunks of one size
+    N = len(hidden_NH)
+    if chunk is None:
+        chunk = rows_at_a_time(head.weight.shape[0], memory, streamed=target_t is not None)
+        chunk = min(chunk, max(ENOUGH_ROWS, -(-N // HALF_SUMS)))
+    chunk = max(1, -(-N // max(1, -(-N // chunk))))  # chunks of one size
     inputs = Inputs(t, buckets_N, T)
     diagnostics_DN = None
     if diagnose:
         count = len(diagnostic_names(objective.uses_teacher))
-        diagnostics_DN = hidden_NH.new_zeros(count, len(hidden_NH), dtype=torch.float32)
+        diagnostics_DN = hidden_NH.new_zeros(count, N, dtype=torch.float32)
     gradient = torch.is_grad_enabled()
     call = _Call(head, target, objective, inputs, labels_N, weights_N, target_t, chunk, gradient, diagnostics_DN)
     with torch.autocast(hidden_NH.device.type, enabled=False):  # it would make the products bf16
