@@ -24,8 +24,10 @@ ALLOWED = {
     "lengths": {"data", "streams"},
     "streamed_batches": {"data", "streams"},
     "training_log": {"objectives"},
+    "forward": {"objectives", "streams", "teachers", "trainable"},
     "trainer": {
         "data",
+        "forward",
         "lengths",
         "objectives",
         "pretrained",

@@ -11,7 +11,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import IterableDataset, get_worker_info
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from transformers import TrainingArguments
 
 from .data import Conversation, StreamedRows
 from .data.streaming import Place
@@ -84,6 +86,17 @@ class StreamedBatches(IterableDataset):
             for number, pack in enumerate(packs[given:], start=given + 1):
                 yield [window[row] for row in pack], (place, number) if number < len(packs) else (after, 0)
             place, given = after, 0
+
+    def loader(self, arguments: TrainingArguments) -> DataLoader:
+        """Batches as they are: what is whose is decided already, and accelerate would divide it again."""
+        return DataLoader(
+            self,
+            batch_size=None,
+            num_workers=arguments.dataloader_num_workers,
+            pin_memory=arguments.dataloader_pin_memory,
+            prefetch_factor=arguments.dataloader_prefetch_factor,
+            generator=torch.Generator(),  # else beginning anew would move training's random state
+        )
 
     def trained(self, batch: PairedBatch) -> None:
         """Notes that a batch of this rank is done with; batches come in the order of the workers."""

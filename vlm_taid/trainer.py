@@ -1,50 +1,34 @@
 """DistillationTrainer: transformers' Trainer with a teacher, paired streams, and one fused loss where the heads meet.
 
-Legend: B rows, N answer tokens, H student width, C shared vocabulary.
+Legend: B rows, N answer tokens.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Sized
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from .data.workers import DeafContext
+from .data.workers import deaf
 from .errors import InputError
+from .forward import PairedForward
 from .lengths import LengthGrouped
-from .objectives import (
-    FKL,
-    MEMORY,
-    Head,
-    LearnedTemperature,
-    LinearDistillationOutput,
-    Objective,
-    TAIDSchedule,
-    as_slice,
-    chunk_rows,
-    diagnostic_names,
-    linear_distillation,
-    redirected,
-)
+from .objectives import FKL, MEMORY, LearnedTemperature, Objective, TAIDSchedule, diagnostic_names
 from .pretrained import vision_towers
 from .resumable import ResumableTrainer
 from .rollout import Rollout
 from .streamed_batches import StreamedBatches
 from .streams import PairedBatch, PairedCollator
-from .teachers import CachedTeacher, LiveTeacher, SeveralTeachers, prove_packing
-from .teachers.live import hidden_at
+from .teachers import CachedTeacher, LiveTeacher, SeveralTeachers
 from .trainable import without_adapters
 from .training_log import RestWatch, Window, peak_memory, schedule_values
 
@@ -111,29 +95,20 @@ class DistillationTrainer(ResumableTrainer):
         **trainer_options: Any,
     ):
         super().__init__(model, args, data_collator=collator, **trainer_options)
-        self.objective, self.teacher, self.schedule, self.memory = objective, teacher, schedule, memory
+        self.objective, self.teacher, self.schedule = objective, teacher, schedule
         self.temperature, self.collator, self.rollout = temperature, collator, rollout
         block = args.train_batch_size * args.world_size
         self.grouped = None if lengths_R is None else LengthGrouped(lengths_R, block, args.data_seed or args.seed)
-        self.columns: Tensor | slice | None = None  # the student's, of the shared vocabulary
-        self.rest: Tensor | None = None  # the student's, in one bucket
-        self.rest_watch: RestWatch | None = None
-        if teacher is not None and (shared := collator.vocabulary) is not None:
-            self.columns = as_slice(shared.student_columns_C.to(args.device))
-            theirs = as_slice(shared.teacher_columns_C.to(args.device))
-            if shared.student_rest_R is None or shared.teacher_rest_R is None:
-                teacher.share(theirs)
-            else:
-                self.rest, self.rest_watch = shared.student_rest_R.to(args.device), RestWatch()
-                teacher.share(theirs, shared.teacher_rest_R.to(args.device))
         self.stream = self.train_dataset if isinstance(self.train_dataset, StreamedBatches) else None
         self.quiet_towers = [] if tower_training else vision_towers(without_adapters(model))
         self.card: Callable[[], str] | None = None  # makes the README.md of each saved model
-        self.head: Head | None = None  # proven at the first forward, inside the wrapper
         self.refused: Counter[str] = Counter()  # messages of this rank's refused rows
         self.refused_rows = self.seen_tokens = 0  # over all ranks
         self.diagnostics = diagnostic_names(teacher is not None) if diagnostics else ()
-        self.chunk_rows: int | None = None  # answer tokens whose logits are in memory at a time, in training
+        self.paired_forward = PairedForward(
+            self.accelerator, collator, teacher, temperature=temperature, memory=memory, diagnose=diagnostics
+        )
+        self.rest_watch = None if self.paired_forward.rest is None else RestWatch()
         self._step_sums = torch.zeros(4 + len(self.diagnostics), dtype=torch.float64, device=args.device)
         self._step_tokens = 0.0
         self._window = Window()
@@ -183,71 +158,18 @@ class DistillationTrainer(ResumableTrainer):
         """The share of this micro-batch and rank in the loss of the optimizer step."""
         for tower in self.quiet_towers:
             tower.eval()
-        output = self._objective(model, inputs, self.objective, self.schedule.t if self.schedule else None)
+        output = self.paired_forward(model, inputs, self.objective, self.schedule.t if self.schedule else None)
         none_N = torch.zeros_like(output.kl_N)
         extra = [none_N if value_N is None else value_N for value_N in (output.temperature_gradient_N, output.rest_N)]
         extra += [] if output.diagnostics_DN is None else output.diagnostics_DN
         self._step_sums += torch.stack([output.ce_N, output.kl_N, *extra]).double().sum(-1).detach()
         return output.loss_N.sum() / num_items_in_batch * self.accelerator.num_processes
 
-    def _objective(
-        self, model: Any, batch: PairedBatch, objective: Objective, t: float | None
-    ) -> LinearDistillationOutput:
-        outer: Any = self.accelerator.unwrap_model(model)
-        student = without_adapters(outer)
-        target, gathered = None, nullcontext()
-        if self.head is None and self.collator.options.packing and self.teacher is not None:
-            self.teacher.prove_packing(self.collator.teacher or self.collator.student)
-        if self.teacher is not None and objective.uses_teacher:
-            target = self.teacher.signal(batch)
-            gathered = self.teacher.gathered()
-
-        # plain tuples of tensors leave the wrappers: their backward hooks see nothing else
-        def at_the_head(hidden_NH: Tensor) -> tuple[Tensor | None, ...]:
-            assert self.head is not None
-            training = objective is self.objective and torch.is_grad_enabled()
-            temperature = self.temperature.value if objective.name == "ctkd" and self.temperature else None
-            call: Any = {"t": t, "temperature": temperature, "memory": self.memory}
-            if training and self.chunk_rows is None:
-                self.chunk_rows = chunk_rows(self.head, target, objective, **call)
-                self.accelerator.print(f"{self.chunk_rows} answer tokens' logits at a time")
-            call |= {"labels_N": batch["labels_N"], "diagnose": training and bool(self.diagnostics)}
-            output = linear_distillation(hidden_NH, self.head, target, objective, **call)
-            return tuple(vars(output).values())
-
-        def forward() -> tuple[Tensor | None, ...]:
-            if self.head is None:
-                self.head = replace(Head.of(student, self.columns), rest=self.rest)
-                if self.collator.options.packing:
-                    prove_packing(student, self.collator.student, hidden_at)
-            hidden_NH = hidden_at(student, batch["student"], batch["student_rows_N"])
-            output = student.get_output_embeddings()
-            self.head = replace(self.head, weight=output.weight, bias=getattr(output, "bias", None))
-            return redirected(output, output, at_the_head, hidden_NH)
-
-        with self.accelerator.autocast(), gathered:
-            return LinearDistillationOutput(*redirected(model, outer, forward))
-
     def _prepare_inputs(self, inputs: PairedBatch) -> PairedBatch:
         return inputs.to(self.args.device)
 
     def get_train_dataloader(self) -> DataLoader:
-        loader = super().get_train_dataloader() if self.stream is None else self._stream_loader(self.stream)
-        if loader.num_workers and multiprocessing.get_start_method() == "fork":
-            inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
-            loader.multiprocessing_context = inner.multiprocessing_context = DeafContext()
-        return loader
-
-    def _stream_loader(self, stream: StreamedBatches) -> DataLoader:
-        """Batches as they are: what is whose is decided already, and accelerate would divide it again."""
-        return DataLoader(
-            stream,
-            batch_size=None,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-            generator=torch.Generator(),  # else beginning anew would move training's random state
-        )
+        return deaf(super().get_train_dataloader() if self.stream is None else self.stream.loader(self.args))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return super()._get_train_sampler(train_dataset) if self.grouped is None else self.grouped
@@ -292,7 +214,7 @@ class DistillationTrainer(ResumableTrainer):
             logs |= self._window.means(
                 teacher=self.teacher is not None,
                 paired=not self.collator.shared,
-                rest=self.rest is not None,
+                rest=self.rest_watch is not None,
                 rollout=self.rollout is not None,
             )
             peak = torch.tensor([peak_memory(self.args.device)], dtype=torch.float64, device=self.args.device)
@@ -334,7 +256,7 @@ class DistillationTrainer(ResumableTrainer):
                     self.refused[message] = max(self.refused[message], 1)
                 refused += len(batch["refused"])
                 batch = self._prepare_inputs(batch)
-                output = self._objective(model, batch, objective, None)
+                output = self.paired_forward(model, batch, objective, None)
                 rows_B3 = torch.zeros(batch["num_rows"], 3, dtype=torch.float64, device=self.args.device)
                 values_N3 = torch.stack([output.loss_N, output.ce_N, torch.ones_like(output.loss_N)], -1).double()
                 rows_B3.index_add_(0, batch["row_of_N"], values_N3)

@@ -54,7 +54,7 @@ def test_loss_is_the_mixtures_in_fp64(trio, mix):
     trainer = build_trainer(loaded, loaded.arguments())
     batch = trainer.collator([trainer.train_dataset[i] for i in range(4)])
     with torch.no_grad():
-        ours_N = trainer._objective(trainer.model, batch, FKL(), None).kl_N
+        ours_N = trainer.paired_forward(trainer.model, batch, FKL(), None).kl_N
 
     def log_p(path):
         model = load_model(ModelOptions(path)).double()

@@ -8,6 +8,8 @@ import multiprocessing
 import signal
 from multiprocessing.context import ForkContext, ForkProcess
 
+from torch.utils.data import DataLoader
+
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -19,6 +21,14 @@ def keep_heap() -> None:
     if hasattr(library := ctypes.CDLL(None), "mallopt"):
         library.mallopt(M_MMAP_MAX, 0)
         library.mallopt(M_TRIM_THRESHOLD, 512 * 2**20)
+
+
+def deaf(loader: DataLoader) -> DataLoader:
+    """A loader whose workers are of ``DeafContext``, where workers are forked."""
+    if loader.num_workers and multiprocessing.get_start_method() == "fork":
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
+        loader.multiprocessing_context = inner.multiprocessing_context = DeafContext()
+    return loader
 
 
 class _DeafProcess(ForkProcess):
