@@ -4,6 +4,7 @@ import json
 import random
 import signal
 import subprocess
+import sys
 import time
 from contextlib import suppress
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from tests import families, runs
-from vlm_taid.checkpoints import broken, newest_whole
+from vlm_taid.checkpoints import alone_in, broken, newest_whole
 from vlm_taid.distillation import distill
 from vlm_taid.errors import InputError
 from vlm_taid.recipe import Recipe
@@ -189,6 +190,22 @@ def test_another_recipe_in_the_same_folder_is_refused(pair):
     runs.here(recipe)
     with pytest.raises(InputError, match="objective"):
         distill(Recipe.load(recipe, ["--objective.t_start", "0.6"]))
+
+
+def test_a_second_process_in_the_folder_is_refused(tmp_path):
+    """As when a launcher alone was killed and its ranks go on."""
+    hold = (
+        "import sys; from vlm_taid.checkpoints import *\nwith alone_in(Path(sys.argv[1])): print(flush=True); input()"
+    )
+    command = [sys.executable, "-c", hold, str(tmp_path)]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout is not None and other.stdout.readline()
+    with pytest.raises(InputError, match=f"another process .*process {other.pid} on .*end it"), alone_in(tmp_path, 0.1):
+        pass
+    other.kill()
+    other.wait()
+    with alone_in(tmp_path, 0):
+        pass
 
 
 def test_private_methods_of_the_trainer_are_still_there():

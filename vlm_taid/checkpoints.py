@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
+import platform
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +19,7 @@ from .errors import InputError
 
 MANIFEST = "complete.json"
 PARTIAL = ".partial"
+LOCK = ".lock"
 LITTLE = 2**16  # bytes: a disk with no more is full
 
 
@@ -32,6 +36,40 @@ def publish(partial: Path, final: Path, world_size: int) -> None:
         shutil.rmtree(final)
     os.rename(partial, final)
     _sync(final.parent)
+
+
+@contextmanager
+def alone_in(run: Path, patience: float = 60) -> Iterator[None]:
+    """Keeps other processes out of a run's folder: of a run whose launcher alone was killed, the ranks may go on.
+
+    Args:
+        run: the run's folder, made if it is not there.
+        patience: seconds to wait for another process to end; a stopped one may still be saving.
+
+    Raises:
+        InputError: another process has the folder.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + patience
+    with open(run / LOCK, "a+") as file:
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, whatever ends it
+                break
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    break  # a file system without locks
+                if time.monotonic() > end:
+                    file.seek(0)
+                    raise InputError(
+                        f"{run}: another process trains in this folder ({file.read() or 'unknown'}): wait for it, or "
+                        "end it with all ranks, or choose another training.output_dir"
+                    ) from error
+            time.sleep(0.5)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
 
 
 @contextmanager

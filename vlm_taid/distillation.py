@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 
 from .caching import belongs
-from .checkpoints import MANIFEST, broken, full_disk_named, newest_whole
+from .checkpoints import MANIFEST, alone_in, broken, full_disk_named, newest_whole
 from .data import ConversationDataset, StreamedRows
 from .errors import InputError
 from .evaluation_callback import EvaluationCallback
@@ -50,18 +51,20 @@ def distill(recipe: Recipe) -> Path:
     """
     arguments = recipe.arguments()
     output = Path(arguments.output_dir)
-    complete, checkpoint = _decided_by_rank_zero(
-        lambda: (
-            arguments.resume == "auto" and (output / DONE).is_file() and not _changed(recipe, output),
-            _checkpoint(arguments, recipe, output),
-        )
-    )
-    if complete:
+    with full_disk_named(output), ExitStack() as held:
+
+        def decided() -> tuple[bool, Path | None]:
+            if arguments.resume == "auto" and (output / DONE).is_file() and not _changed(recipe, output):
+                return True, None
+            held.enter_context(alone_in(output))
+            return False, _checkpoint(arguments, recipe, output)
+
+        complete, checkpoint = _decided_by_rank_zero(decided)
+        if not complete:
+            return _trained(recipe, arguments, output, checkpoint)
         if arguments.process_index == 0:
             print(f"{output} is complete; --training.resume never trains it anew")
         return output
-    with full_disk_named(output):
-        return _trained(recipe, arguments, output, checkpoint)
 
 
 def _trained(recipe: Recipe, arguments: DistillationArguments, output: Path, checkpoint: Path | None) -> Path:
