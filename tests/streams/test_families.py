@@ -98,6 +98,25 @@ def test_inputs_are_those_of_the_processors_own_call(encoders, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_lengths_are_those_of_the_streams(encoders, family, monkeypatch):
+    """The second row with pictures of the same sizes is measured without the processor."""
+    encoder = encoders[family]
+    for name, row in rows_of(encoder).items():
+        said = Turn("assistant", (Part("  another answer,\nwith 中文 "),))
+        other = Conversation((*row.turns[:-1], said), row="other")
+        if (family, name) in REFUSED:
+            assert encoder.length(row) == encoder.length(other) == 0
+            continue
+        lengths = [len(encoder.encode(one).input_ids_T) for one in (row, other)]
+        assert encoder.length(row) == lengths[0], name
+        with monkeypatch.context() as without:
+            without.setattr(encoder, "encode_batch", None)
+            assert encoder.length(other) == lengths[1] != lengths[0], name
+            without.setattr(encoder, "max_length", lengths[1] - 1)
+            assert encoder.length(other) == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_answers_are_found_in_every_layout(encoders, family):
     encoder, (before, end) = encoders[family], PIECES[family]
     decode = encoder.tokenizer.decode

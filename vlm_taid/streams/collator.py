@@ -194,10 +194,8 @@ class PairedCollator:
         if isinstance(conversation, BadRow):
             return 0
         encoders = [self.student] if self.shared or self.teacher is None else [self.student, self.teacher]
-        encoded = [encoder.encode_batch([conversation]) for encoder in encoders]
-        if any(one.refused for one in encoded):
-            return 0  # the collator says why when the row's turn comes
-        return max(len(one.streams[0].input_ids_T) for one in encoded)
+        lengths = [encoder.length(conversation) for encoder in encoders]
+        return max(lengths) if all(lengths) else 0  # the collator says why when the row's turn comes
 
     def _batch(
         self, student: EncodedBatch, teacher: EncodedBatch, pairs: list[Alignment], groups: list[list[int]] | None

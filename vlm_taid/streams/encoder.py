@@ -92,6 +92,7 @@ class StreamEncoder:
         self._ends = {
             i for i in self.token_bytes.special if i != image_id
         }  # narrowed to the one token that ends answers
+        self._more_tokens: dict[tuple[tuple[int, int], ...], int] = {}  # than their marks, by the pictures' sizes
         end = self._proven(self.filler)
         self._ends = set() if end is None else {end}
         if templated and self.renderer.template not in TEMPLATES.values():
@@ -144,6 +145,24 @@ class StreamEncoder:
         if batch.refused:
             raise batch.refused[0]
         return batch.streams[0]
+
+    def length(self, conversation: Conversation) -> int:
+        """Tokens of a row's stream, 0 for a row that ``encode`` refuses.
+
+        How many a picture takes depends on its size alone, so the processor sees each size but once.
+        """
+        rendered = self.renderer([conversation])[0]
+        if isinstance(rendered, BadRow) or self._wrong_images(conversation, rendered.text) is not None:
+            return 0
+        marked = len(self.tokenizer(rendered.text, add_special_tokens=False)["input_ids"])
+        sizes = tuple(image.size for image in conversation.images)
+        if sizes not in self._more_tokens:
+            batch = self.encode_batch([conversation])
+            if batch.refused:
+                return 0
+            self._more_tokens[sizes] = len(batch.streams[0].input_ids_T) - marked
+        length = marked + self._more_tokens[sizes]
+        return 0 if self.max_length is not None and length > self.max_length else length
 
     def encode_batch(self, conversations: Sequence[Conversation]) -> EncodedBatch:
         """Streams and padded inputs of several conversations, by one call of the processor.
