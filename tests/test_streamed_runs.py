@@ -1,7 +1,8 @@
 """Streamed, packed and accumulated runs: killed or stopped at any moment they end as if they had not been."""
 
 import json
-import random
+import os
+import signal
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from tests import families, runs
 from vlm_taid.checkpoints import newest_whole
 from vlm_taid.errors import InputError
 from vlm_taid.recipe import Recipe
+from vlm_taid.trainer import DistillationTrainer
 
 STATE = ("step", "loss", "t", "momentum", "epoch", "answer_tokens")
 MORE = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 1, "save_strategy": "steps", "save_steps": 4}
@@ -62,17 +64,25 @@ def test_a_run_goes_on_at_the_exact_row(recipe, workers):
         runs.here(recipe(f"other{workers}", **changed))
 
 
-@pytest.mark.slow
-def test_killed_on_two_ranks(recipe):
-    more = {"max_steps": 24, "dataloader_num_workers": 1}
-    reference = runs.launched(recipe("whole", **more), "torchrun")
-    killed = recipe("killed", **more)
-    run, step = runs.output_of(killed), random.SystemRandom().randint(5, 19)
-    reached = lambda: (run / "metrics.jsonl").is_file() and len(runs.metrics(run, "loss")) >= step  # noqa: E731
-    runs.launched(killed, "torchrun", kill_when=reached)
-    assert not (run / "complete.json").exists() and newest_whole(run) is not None
-    runs.launched(killed, "torchrun")
-    equal(run, reference)
+def test_sigterm_saves_at_the_exact_row(recipe, monkeypatch, capsys):
+    more = {"max_steps": 9, "dataloader_num_workers": 1}
+    reference, stopped = runs.here(recipe("not_stopped", **more)), recipe("stopped", **more)
+    ends, handler = DistillationTrainer.end_of_step, signal.getsignal(signal.SIGTERM)
+
+    def signalled(trainer):
+        ends(trainer)
+        if trainer.state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(DistillationTrainer, "end_of_step", signalled)
+    try:
+        run = runs.here(stopped)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert "stopped by SIGTERM after step 6: run the same command to go on" in capsys.readouterr().out
+    assert newest_whole(run) == run / "checkpoint-6" and not (run / "complete.json").exists()
+    monkeypatch.undo()
+    equal(runs.here(stopped), reference)
 
 
 def test_what_does_not_go_with_a_stream_is_said(recipe):
