@@ -180,6 +180,20 @@ def test_unknown_option_of_a_command_beside_the_recipes(recipe, capfd, command, 
     assert near in fails(capfd, *command, "--config", recipe[0])
 
 
+@pytest.mark.parametrize("entry", ["--data.train.0.limit", "--data.train[0].limit", "--data.train.-1.limit=3"])
+def test_an_entry_of_a_list_has_no_number(recipe, capfd, entry):
+    message = fails(capfd, "distill", "--config", recipe[0], entry, *([] if "=" in entry else ["3"]))
+    assert "data.train is a list" in message and "--data.train.limit VALUE changes its last entry" in message
+
+
+def test_what_the_hint_on_lists_says_is_so(recipe):
+    added = ["--data.train+", "{path: more.jsonl, format: vqa}", "--data.train.limit", "3"]
+    first, last = Recipe.load(recipe[0], added).data.train
+    assert (first.limit, last.path, last.limit) == (None, "more.jsonl", 3)
+    (only,) = Recipe.load(recipe[0], ["--data.train", "[{path: other.jsonl, format: vqa}]"]).data.train
+    assert only.path == "other.jsonl"
+
+
 def test_unknown_command(capfd):
     assert "there are: distill, " in fails(capfd, "distil")
 

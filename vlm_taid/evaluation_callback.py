@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from .data import SourceOptions
 from .errors import InputError
 from .evaluation import Results, Task, evaluate
+from .evaluation.tasks import TaskFile
 from .rollout import generating
 from .trainable import without_adapters
 from .trainer import DistillationTrainer
@@ -50,14 +50,8 @@ class EvaluationOptions:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise InputError(f"evaluation.{key} is {value}, at least 1 is needed")
-        sources = {
-            name: SourceOptions(path, "vqa", prompt=self.prompt, columns=self.columns)
-            for name, path in self.data.items()
-        }
-        return [
-            Task(name, source, metric=self.metric, max_new_tokens=self.max_new_tokens)
-            for name, source in sources.items()
-        ]
+        options: Any = {key: getattr(self, key) for key in ("metric", "prompt", "columns", "max_new_tokens")}
+        return [TaskFile(name).build(path, **options) for name, path in self.data.items()]
 
 
 class EvaluationCallback(TrainerCallback):

@@ -66,8 +66,18 @@ class OwnOptions(argparse.ArgumentParser):
 def explained(message: str, arguments: Sequence[str], known: Sequence[str]) -> str:
     """A parser's message, with the known key that is nearest to one of the arguments or to one that it names.
 
-    Where one of a few words was expected, the message is the key, the words and what stood there.
+    Where one of a few words was expected, the message is the key, the words and what stood there; where an entry of a
+    list was named by its number, what can be written instead.
     """
+    for argument in arguments:
+        entry = re.match(r"--([\w.]+?)(?:\.-?\d+|\[-?\d+\])((?:\.\w+)*)(?:=|$)", argument)
+        if entry and entry[1] in known:
+            key, rest = entry[1], entry[2]
+            return (
+                f"{argument.split('=')[0]}: {key} is a list, whose entries have no numbers on the command line. "
+                f"--{key}{rest or '.KEY'} VALUE changes its last entry, --{key}+ '{{KEY: VALUE, ...}}' adds one, "
+                f"--{key} '[{{KEY: VALUE, ...}}, ...]' replaces all; another entry is changed in the recipe's file"
+            )
     words, keys = re.search(r"typing\.Literal\[(.*?)\]", message), re.findall(r'Parser key "([\w.]+)"', message)
     found = re.search(r"(?:Got|Given) value: (.*)", message)
     if words and keys and found:

@@ -70,7 +70,7 @@ class ObjectiveOptions:
     memory: float = 256.0
     """MiB for the logits of the answer tokens that are in memory at a time."""
     diagnostics: bool = False
-    """Log entropies, KL to the teacher, agreement, and the student's mass in head and tail (the paper's table 3)."""
+    """Log entropies, KL to the teacher, and the student's mass in head and tail (the paper's table 3)."""
 
     def objective(self) -> Objective:
         """The objective, after a check that no option of another one is set."""

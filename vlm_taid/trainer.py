@@ -30,7 +30,7 @@ from .streamed_batches import StreamedBatches
 from .streams import PairedBatch, PairedCollator
 from .teachers import CachedTeacher, LiveTeacher, SeveralTeachers
 from .trainable import without_adapters
-from .training_log import RestWatch, Window, peak_memory, schedule_values
+from .training_log import RestWatch, Window, held_out_means, peak_memory, row_sums, schedule_values
 
 
 @dataclass
@@ -109,7 +109,7 @@ class DistillationTrainer(ResumableTrainer):
             self.accelerator, collator, teacher, temperature=temperature, memory=memory, diagnose=diagnostics
         )
         self.rest_watch = None if self.paired_forward.rest is None else RestWatch()
-        self._step_sums = torch.zeros(4 + len(self.diagnostics), dtype=torch.float64, device=args.device)
+        self._step_sums = torch.zeros(5 + len(self.diagnostics), dtype=torch.float64, device=args.device)
         self._step_tokens = 0.0
         self._window = Window()
 
@@ -160,7 +160,8 @@ class DistillationTrainer(ResumableTrainer):
             tower.eval()
         output = self.paired_forward(model, inputs, self.objective, self.schedule.t if self.schedule else None)
         none_N = torch.zeros_like(output.kl_N)
-        extra = [none_N if value_N is None else value_N for value_N in (output.temperature_gradient_N, output.rest_N)]
+        found = output.temperature_gradient_N, output.rest_N, output.agreement_N
+        extra = [none_N if value_N is None else value_N for value_N in found]
         extra += [] if output.diagnostics_DN is None else output.diagnostics_DN
         self._step_sums += torch.stack([output.ce_N, output.kl_N, *extra]).double().sum(-1).detach()
         return output.loss_N.sum() / num_items_in_batch * self.accelerator.num_processes
@@ -194,10 +195,11 @@ class DistillationTrainer(ResumableTrainer):
             self.state.epoch = self.state.global_step / self.state.max_steps
         if self.teacher is None and not self.diagnostics:
             return
-        ce, kl, slope, rest, *diagnostics = self.sum_over_ranks(self._step_sums).tolist()
+        ce, kl, slope, rest, agreed, *diagnostics = self.sum_over_ranks(self._step_sums).tolist()
         self._step_sums = torch.zeros_like(self._step_sums)
         self._window.kl += kl
         self._window.rest += rest
+        self._window.agreed += agreed
         self._window.diagnostics.update(dict(zip(self.diagnostics, diagnostics, strict=True)))
         if self.rest_watch is not None and (warning := self.rest_watch.add(rest, self._step_tokens)):
             self.accelerator.print(warning)
@@ -247,7 +249,7 @@ class DistillationTrainer(ResumableTrainer):
         model: Any = self.model_wrapped
         model.eval()
         objective = FKL() if self.schedule is not None or self.temperature is not None else self.objective
-        sums_B3, refused, began = [], 0, time.perf_counter()
+        sums_B4, refused, began = [], 0, time.perf_counter()
         # a DataLoader draws a seed when it starts: without the fork, evaluation would change training's dropout
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices):
@@ -257,24 +259,17 @@ class DistillationTrainer(ResumableTrainer):
                 refused += len(batch["refused"])
                 batch = self._prepare_inputs(batch)
                 output = self.paired_forward(model, batch, objective, None)
-                rows_B3 = torch.zeros(batch["num_rows"], 3, dtype=torch.float64, device=self.args.device)
-                values_N3 = torch.stack([output.loss_N, output.ce_N, torch.ones_like(output.loss_N)], -1).double()
-                rows_B3.index_add_(0, batch["row_of_N"], values_N3)
-                gathered: Any = self.accelerator.gather_for_metrics(rows_B3)
-                sums_B3.append(gathered.cpu())
-        loss, ce, tokens = torch.cat(sums_B3).sum(0).tolist()
-        metrics = {
-            f"{metric_key_prefix}_loss": loss / max(tokens, 1.0),
-            f"{metric_key_prefix}_cross_entropy": ce / max(tokens, 1.0),
-            f"{metric_key_prefix}_answer_tokens": tokens,
-        }
+                rows_B4 = row_sums(output, batch["row_of_N"], batch["num_rows"])
+                gathered: Any = self.accelerator.gather_for_metrics(rows_B4)
+                sums_B4.append(gathered.cpu())
+        metrics = held_out_means(torch.cat(sums_B4).sum(0), metric_key_prefix, teacher=objective.uses_teacher)
         counted = torch.tensor([float(refused)], dtype=torch.float64, device=self.args.device)
         if refused := self.sum_over_ranks(counted).item():
             metrics[f"{metric_key_prefix}_refused_rows"] = refused
         if self.rollout is not None and metric_key_prefix == "eval":
             self.rollout.validated(metrics["eval_loss"])
         self.not_training(time.perf_counter() - began)
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(torch.cat(sums_B3)))  # pyright: ignore[reportArgumentType]
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(torch.cat(sums_B4)))  # pyright: ignore[reportArgumentType]
 
     # -- state ---------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .errors import InputError
-from .objectives import TAIDSchedule
+from .objectives import LinearDistillationOutput, TAIDSchedule
 
 
 @dataclass
@@ -22,6 +22,7 @@ class Window:
         tokens: answer tokens.
         kl: sum of their KL, in nats.
         rest: sum of the teacher's probability of the rest bucket.
+        agreed: tokens at which both models' most probable token is the same.
         diagnostics: sums by name, where they are asked for.
         pairing: rows, content shares, first tokens unpaired, identical-next shares (``PairedBatch``).
         sampled_rows, sample_fallbacks: rows that the student was to answer, those that kept the data's answer.
@@ -31,6 +32,7 @@ class Window:
     tokens: float = 0.0
     kl: float = 0.0
     rest: float = 0.0
+    agreed: float = 0.0
     diagnostics: Counter[str] = field(default_factory=Counter)
     pairing: list[float] = field(default_factory=lambda: [0.0] * 4)
     sampled_rows: float = 0.0
@@ -44,7 +46,7 @@ class Window:
         """Token means, shares, and throughput until now.
 
         Args:
-            teacher: there is one, so there is a KL.
+            teacher: there is one, so there are a KL and an agreement.
             paired: the models have streams of their own, which were paired.
             rest: their vocabularies differ, and what only one has is in a rest bucket.
             rollout: the student samples answers.
@@ -52,6 +54,7 @@ class Window:
         means = {}
         if teacher:
             means["kl"] = self.kl / max(self.tokens, 1.0)
+            means["top1_agreement"] = self.agreed / max(self.tokens, 1.0)
         means |= {name: value / max(self.tokens, 1.0) for name, value in self.diagnostics.items()}
         if paired:
             rows, share, first_unpaired, identical = self.pairing
@@ -65,6 +68,23 @@ class Window:
         means["answer_tokens"] = self.tokens
         means["answer_tokens_per_second"] = self.tokens / max(time.perf_counter() - self.since, 1e-9)
         return means
+
+
+def row_sums(output: LinearDistillationOutput, row_of_N: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Each held-out row's sums of loss, cross-entropy form, tokens and agreeing tokens, [B, 4], fp64."""
+    one_N = torch.ones_like(output.loss_N)
+    agreed_N = torch.zeros_like(one_N) if output.agreement_N is None else output.agreement_N
+    values_N4 = torch.stack([output.loss_N, output.ce_N, one_N, agreed_N], -1).double()
+    return values_N4.new_zeros(num_rows, 4).index_add_(0, row_of_N, values_N4)
+
+
+def held_out_means(sums_4: torch.Tensor, prefix: str, *, teacher: bool) -> dict[str, float]:
+    """Token means of the sums of all rows, under names that begin with a prefix; an agreement if there is a teacher."""
+    loss, ce, tokens, agreed = sums_4.tolist()
+    means = {"loss": loss / max(tokens, 1.0), "cross_entropy": ce / max(tokens, 1.0), "answer_tokens": tokens}
+    if teacher:
+        means["top1_agreement"] = agreed / max(tokens, 1.0)
+    return {f"{prefix}_{name}": value for name, value in means.items()}
 
 
 @dataclass

@@ -261,5 +261,5 @@ def test_no_task_is_found_by_a_wrong_name():
         commands.chosen_tasks("textvaq", {})
     with pytest.raises(InputError, match="nothing to run"):
         commands.chosen_tasks(None, {})
-    with pytest.raises(InputError, match="no flavor or prompt style"):
+    with pytest.raises(InputError, match="no flavor lmms; it has none: give --metric"):
         commands.chosen_tasks("a", {"a": "x.jsonl"}, flavor="lmms")

@@ -10,16 +10,21 @@ from tests.evaluation.test_results import make
 from vlm_taid.cli import main
 from vlm_taid.errors import InputError
 from vlm_taid.evaluation import compare_command
-from vlm_taid.evaluation.tables import paired_difference
+from vlm_taid.evaluation.measures import Measure, difference
 
 
 def test_paired_difference():
-    found = paired_difference([1, 1, 0, 0], [1, 0, 1, 1])
+    a, b = make(["yes", "yes", "no", "no"], name="a"), make(["yes", "no", "yes", "yes"], name="b")
+    found = difference(a, b, Measure("colors", "exact_match", main=True), ("a", "b"))
+    same = difference(a, a, Measure("colors", "exact_match", main=True), ("a", "a"))
+    assert found is not None and same is not None
     differences = [0, -1, 1, 1]
     mean = Fraction(sum(differences), 4)
     variance = sum((value - mean) ** 2 for value in differences) / 3
-    assert found.value == float(mean) and found.stderr == pytest.approx(math.sqrt(variance / 4))
-    assert paired_difference([1, 0] * 8, [1, 0] * 8).stderr == 0  # equal answers: no doubt is left
+    assert found.score.value == pytest.approx(float(mean))
+    assert found.score.stderr == pytest.approx(math.sqrt(variance / 4))
+    assert (found.better_a, found.better_b) == (1, 2)
+    assert same.score.stderr == 0
 
 
 @pytest.fixture

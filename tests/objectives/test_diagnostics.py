@@ -10,7 +10,7 @@ from .test_linear import CASES, N, case, in_fp64
 KINDS = ["equal", "student padded", "teacher slice and bias", "holes", "rest", "soft cap"]
 
 
-def expected(hidden, head, log_p_NB, student_NB, agreed_N):
+def expected(hidden, head, log_p_NB, student_NB):
     """The definitions, by sorting: nothing here is shared with the code under test."""
     whole = in_fp64(head)
     everything = type(whole)(whole.weight, whole.bias, whole.scale, whole.softcap)(hidden.double())
@@ -25,7 +25,6 @@ def expected(hidden, head, log_p_NB, student_NB, agreed_N):
         "tail_mass": ranked[:, V - V // 5 :].sum(-1),
         "teacher_entropy": -(p * log_p_NB).sum(-1),
         "teacher_kl": (p * (log_p_NB - log_q_NB)).sum(-1),
-        "top1_agreement": agreed_N.double(),
     }
 
 
@@ -62,7 +61,8 @@ def test_equal_their_definitions_in_fp64(kind, chunk, tile, monkeypatch):
         agreed += int(agreed_N.sum())
         call = {"t": t, "labels_N": labels, "chunk": chunk, "diagnose": True, "weights_N": torch.linspace(0.0, 2.0, N)}
         out = linear_distillation(hidden, head, target, Objective.named(name, **options), **call)
-        check(out.diagnostics_DN, expected(hidden, head, teacher.log_softmax(-1), student, agreed_N))
+        check(out.diagnostics_DN, expected(hidden, head, teacher.log_softmax(-1), student))
+        assert torch.equal(out.agreement_N, agreed_N.float())
     assert kind != "equal" or 0 < agreed < 3 * N  # both answers are seen
 
 
@@ -79,15 +79,17 @@ def test_of_listed_tokens_and_their_tail():
     signal = TopKSignal(ids_NK, logp_NK.float(), tail_N.float())
     out = linear_distillation(hidden, head, signal, Objective.named("taid"), t=0.4, diagnose=True)
     log_p = torch.cat([logp_NK, tail_N.log()[:, None]], -1)
-    check(out.diagnostics_DN, expected(hidden, head, log_p, buckets, student.argmax(-1) == teacher.argmax(-1)))
+    check(out.diagnostics_DN, expected(hidden, head, log_p, buckets))
+    assert torch.equal(out.agreement_N, (student.argmax(-1) == teacher.argmax(-1)).float())
 
 
 def test_without_a_teacher_they_are_the_students():
     hidden, head, _, labels = case(40, 40)
     out = linear_distillation(hidden, head, None, Objective.named("sft"), labels_N=labels, diagnose=True)
     student = in_fp64(head)(hidden.double())
-    values = expected(hidden, head, student.log_softmax(-1), student, torch.ones(N))
+    values = expected(hidden, head, student.log_softmax(-1), student)
     check(out.diagnostics_DN, {name: values[name] for name in diagnostic_names(teacher=False)})
+    assert out.agreement_N is None
 
 
 def test_nothing_else_changes_by_them():

@@ -22,7 +22,7 @@ from vlm_taid.evaluation.models import load
 from vlm_taid.evaluation.results import Results
 from vlm_taid.evaluation.runner import evaluate
 from vlm_taid.evaluation.scoring import scoring
-from vlm_taid.evaluation.tasks import Task, known_tasks, own_task
+from vlm_taid.evaluation.tasks import Task, TaskFile, known_tasks
 
 
 def parse_pairs(text: str | dict[str, str], option: str) -> dict[str, str]:
@@ -200,10 +200,7 @@ def chosen_tasks(
                 near = difflib.get_close_matches(member, [*known, *groups(), *data], n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise InputError(f"task {member!r} is no benchmark and has no file; give --data {member}=FILE{hint}")
-            if member in known:
-                found[member] = known[member].build(data.get(member), **options)
-            else:
-                found[member] = own_task(member, data[member], **options)
+            found[member] = known.get(member, TaskFile(member)).build(data.get(member), **options)
     return list(found.values())
 
 
@@ -229,7 +226,7 @@ def tasks_command(include_path: str | None = None) -> None:
     table.columns[0].no_wrap = True
     for name, task in sorted(known_tasks(include_path).items()):
         metrics = ", ".join(f"{flavor}: {metric}" for flavor, metric in task.flavors.items())
-        judge = {None: "", "grade": "needed", "extract": "for some"}[scoring(task.metric).judge]
+        judge = {None: "", "grade": "needed", "extract": "for some"}[scoring(task.metric or "exact_match").judge]
         table.add_row(name, f"{task.description}\n{metrics}", judge)
     console = Console()
     console.print(table)

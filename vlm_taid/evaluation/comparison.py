@@ -13,6 +13,7 @@ from rich.table import Table
 from vlm_taid.data.sources import SourceOptions
 from vlm_taid.errors import InputError
 from vlm_taid.evaluation.columns import references_of
+from vlm_taid.evaluation.measures import Measure, measures
 from vlm_taid.evaluation.metrics import normalize_exact
 from vlm_taid.evaluation.readers import Row
 from vlm_taid.evaluation.results import Results, Score, sample_line, versions
@@ -91,29 +92,55 @@ class Comparison:
         """All tasks, in the order in which they were met."""
         return list(dict.fromkeys(task for tasks in self.plain.values() for task in tasks))
 
+    @property
+    def measures(self) -> list[Measure]:
+        """All numbers, in the order in which they were met: a column each."""
+        found = [
+            measure
+            for tasks in self.plain.values()
+            for task, results in tasks.items()
+            for measure in measures(results)
+            if measure.task == task
+        ]
+        return sorted(dict.fromkeys(found), key=lambda measure: self.tasks.index(measure.task))
+
+    def cell(self, label: str, measure: Measure) -> str:
+        """A model's number, or a dash."""
+        results = self.plain[label].get(measure.task)
+        return "–" if results is None or measure not in measures(results) else str(measure.of(results))
+
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Head and rows of the table of all models: parameters, scores in percent, agreement with the reference."""
+        """Head and rows of the table of all models: parameters, scores, agreement with the reference.
+
+        In percent, but perplexities and KL; a metric of which less is better has an arrow.
+        """
         head, rows = ["model", "parameters"], [[label, self._parameters(label)] for label in self.plain]
-        for task in self.tasks:
-            groups = dict.fromkeys(
-                group
-                for tasks in self.plain.values()
-                if task in tasks
-                for group in tasks[task].data["categories"][task]
-            )
-            prefix = f"{task}: " if len(self.tasks) > 1 else ""
-            columns: dict[str, list[str]] = {"all": [self._score(self.plain, label, task) for label in self.plain]}
-            for group in groups:
-                columns[group] = [self._score(self.plain, label, task, group) for label in self.plain]
-            if any(task in tasks for tasks in self.shuffled.values()):
-                columns["wrong picture"] = [self._score(self.shuffled, label, task) for label in self.plain]
-            if len(self.plain) > 1:
-                columns[f"agrees with {self.reference}"] = [self._agreement(label, task) for label in self.plain]
+        for measure in self.measures:
+            prefix = f"{measure.task}: " if len(self.tasks) > 1 else ""
+            columns = self._answer_columns(measure.task) if measure.main else {}
+            columns = columns or {measure.name: [self.cell(label, measure) for label in self.plain]}
             for name, cells in columns.items():
                 head.append(prefix + name)
                 for row, cell in zip(rows, cells, strict=True):
                     row.append(cell)
         return head, rows
+
+    def _answer_columns(self, task: str) -> dict[str, list[str]]:
+        """Of questions that were asked: all, each category, with wrong pictures, agreement."""
+        groups = dict.fromkeys(
+            group
+            for tasks in self.plain.values()
+            if (results := answers_of(tasks, task)) is not None
+            for group in results.data["categories"][task]
+        )
+        columns: dict[str, list[str]] = {"all": [self._score(self.plain, label, task) for label in self.plain]}
+        for group in groups:
+            columns[group] = [self._score(self.plain, label, task, group) for label in self.plain]
+        if any(task in tasks for tasks in self.shuffled.values()):
+            columns["wrong picture"] = [self._score(self.shuffled, label, task) for label in self.plain]
+        if len(self.plain) > 1:
+            columns[f"agrees with {self.reference}"] = [self._agreement(label, task) for label in self.plain]
+        return columns
 
     def rich_table(self, title: str | None = None) -> Table:
         """The same table, to be printed with rich."""
@@ -124,24 +151,33 @@ class Comparison:
         return table
 
     def _parameters(self, label: str) -> str:
-        count = next(iter(self.plain[label].values())).data["config"]["num_params"]
+        config = next(iter(self.plain[label].values())).data["config"]
+        count = config.get("num_params", config.get("model_num_parameters"))  # lm-eval's name
         if not count:
             return "–"
         return f"{count / 1e6:.2f} M" if count < 1e9 else f"{count / 1e9:.2f} B"
 
     @staticmethod
     def _score(by_label: Mapping[str, dict[str, Results]], label: str, task: str, group: str | None = None) -> str:
-        results = by_label.get(label, {}).get(task)
+        results = answers_of(by_label.get(label, {}), task)
         if results is None or (group is not None and group not in results.data["categories"][task]):
             return "–"
         return str(results.score(task, group))
 
     def _agreement(self, label: str, task: str) -> str:
-        samples = [self.plain[name].get(task) for name in (label, self.reference)]
-        lines = [results.samples.get(task) for results in samples if results is not None]
-        if label == self.reference or len(lines) < 2 or not all(lines):
-            return "–"
-        return str(agreement(*(line for line in lines if line)))
+        lines = [self.answers(name, task) for name in (label, self.reference)]
+        return "–" if label == self.reference or not all(lines) else str(agreement(*lines))
+
+    def answers(self, label: str, task: str) -> Samples:
+        """A model's lines of a task whose questions it was asked; empty without samples, and for texts."""
+        results = answers_of(self.plain[label], task)
+        return [] if results is None else results.samples.get(task, [])
+
+
+def answers_of(by_task: Mapping[str, Results], task: str) -> Results | None:
+    """The results of a task whose questions were asked; None if there are none, or of a text."""
+    results = by_task.get(task)
+    return results if results is not None and results.is_answered(task) else None
 
 
 def compare(evaluations: Sequence[str | Path], reference: str | None = None) -> Comparison:
@@ -166,7 +202,9 @@ def compare(evaluations: Sequence[str | Path], reference: str | None = None) -> 
             sorted(Path(path).rglob("results_*.json"), key=lambda file: file.name) if Path(path).is_dir() else [path]
         )
         if not files:
-            raise InputError(f"{path}: no results_*.json in it; give the --output_path of `vlm-taid eval run`")
+            raise InputError(
+                f"{path}: no results_*.json in it; give the --output_path of `vlm-taid eval run` or `eval lm`"
+            )
         found = [Results.load(file) for file in files]  # the newest last
         if label and len(names := {results.data["model_name"] for results in found}) > 1:
             raise InputError(f"{item}: one label for several models: {', '.join(sorted(names))}")

@@ -4,35 +4,61 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vlm_taid.data.conversation import Conversation
-from vlm_taid.data.sources import SourceOptions
 from vlm_taid.errors import InputError
+from vlm_taid.evaluation.columns import options_of
 from vlm_taid.evaluation.comparison import Comparison, compare
 from vlm_taid.evaluation.metrics import normalize_exact
-from vlm_taid.evaluation.prompts import prompt_of
 from vlm_taid.evaluation.readers import image_sha256
-from vlm_taid.evaluation.rows import Rows
+from vlm_taid.evaluation.tasks import Task
 
-SYMBOLS = {"right": "✓", "partly": "◐", "wrong": "✗"}
+SYMBOLS = {"right": "✓", "partly": "◐", "wrong": "✗", "open": "–"}
 AGREEING_SHARE = 4  # one picture of so many shows a question on which all models agree
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One model's answer to one question, and its score between 0 and 1."""
+    """One model's answer to one question.
+
+    Args:
+        label: the model's.
+        text: what it said; None where there is no answer.
+        score: between 0 and 1; None where there is none: no answer, or a judge must see it.
+        error: why there is no answer.
+    """
 
     label: str
-    text: str
-    score: float
+    text: str | None
+    score: float | None
+    error: str | None = None
+
+    @staticmethod
+    def of(label: str, line: Mapping[str, Any], key: str) -> Answer:
+        """The answer in a line of a samples file, with its score under a key."""
+        error = line.get("error")
+        return Answer(label, None if error is not None else line["filtered_resps"][0], line[key], error)
+
+    @property
+    def said(self) -> str | None:
+        """The text as answers are compared."""
+        return None if self.text is None else normalize_exact(self.text)
 
     @property
     def verdict(self) -> str:
-        """A key of SYMBOLS."""
+        """A key of SYMBOLS; open: there is no score."""
+        if self.score is None:
+            return "open"
         return "right" if self.score >= 1 else "wrong" if self.score <= 0 else "partly"
+
+    @property
+    def shown(self) -> str:
+        """What a reader sees."""
+        return f"no answer: {self.error}" if self.text is None else self.text or "(empty)"
 
 
 @dataclass(frozen=True)
@@ -42,16 +68,23 @@ class Card:
     Args:
         row: the row itself, which ends with its question.
         question: as the file has it.
-        references: the right answers, each once, the most frequent first.
+        options: of multiple choice, by letter.
+        right: the right answers, each once, the most frequent first.
         answers: the models'.
         differs: a model's answer is not the reference model's (or, alone, is wrong).
     """
 
     row: Conversation
     question: str
-    references: list[str]
+    options: dict[str, str]
+    right: list[str]
     answers: list[Answer]
     differs: bool
+
+    @property
+    def references(self) -> list[str]:
+        """The right answers as they are shown: an option's letter with its text."""
+        return [f"{text}. {self.options[text]}" if text in self.options else text for text in self.right]
 
 
 @dataclass(frozen=True)
@@ -135,40 +168,31 @@ def gallery(comparison: Comparison, task: str, count: int = 24, data: str | Path
             f"the evaluation of {comparison.reference} has no samples of {task}; run it with --log_samples"
         )
     results = comparison.plain[comparison.reference][task]
-    reference, metric = models[comparison.reference], results.key(task)
+    reference = models[comparison.reference]
     if any([line["doc_id"] for line in lines] != [line["doc_id"] for line in reference] for lines in models.values()):
         raise InputError(f"the evaluations of {task} answered different rows; run them with the same file and limit")
-    answered = [all("error" not in line for line in lines) for lines in zip(*models.values(), strict=True)]
-    models = {
-        label: [line for line, whole in zip(lines, answered, strict=True) if whole] for label, lines in models.items()
-    }
-    reference = models[comparison.reference]
-    texts = [
-        [normalize_exact(lines[row]["filtered_resps"][0]) for lines in models.values()] for row in range(len(reference))
-    ]
+    keys = {label: comparison.plain[label][task].key(task) for label in models}
+    # a row is shown if one model answered it: that one's line has what stands in the file
+    rows = [row for row in zip(*models.values(), strict=True) if any("error" not in line for line in row)]
+    known = [next(line for line in row if "error" not in line) for row in rows]
+    answers = [[Answer.of(label, line, keys[label]) for label, line in zip(models, row, strict=True)] for row in rows]
     own = list(models).index(comparison.reference)
     if len(models) > 1:
-        differs = [[text != row[own] for text in row] for row in texts]
+        differs = [[answer.said != row[own].said for answer in row] for row in answers]
     else:
-        differs = [[(line[metric] or 0) < 1] for line in reference]
-    questions = [("".join(line["doc"]["image"]), str(line["doc"].get("question", ""))) for line in reference]
-    source = dict(results.data["configs"][task]["dataset"])
-    if data is not None:
-        source["path"] = str(data)
-    rows = Rows(SourceOptions(**source), prompt_of(results.data["configs"][task]["prompt"], task))
-    cards = []
+        differs = [[(row[own].score or 0) < 1] for row in answers]
+    questions = [("".join(line["doc"]["image"]), str(line["doc"].get("question", ""))) for line in known]
+    described = Task.described(task, results.data["configs"][task], None if data is None else str(data))
+    file, cards = described.rows(), []
     for index in choose_rows(questions, differs, count):
-        line = reference[index]
-        row = rows[line["doc_id"]]
+        line = known[index]
+        row = file[line["doc_id"]]
         if [image_sha256(image) for image in row.images] != line["doc"]["image"]:
-            raise InputError(f"{source['path']}, row {line['doc_id']}: not the picture that was evaluated")
-        answers = [
-            Answer(label, lines[index]["filtered_resps"][0], lines[index][metric] or 0.0)
-            for label, lines in models.items()
-        ]
-        references = [text for text, _ in Counter(line["target"]).most_common()]
-        cards.append(Card(row, questions[index][1], references, answers, any(differs[index])))
-    return Gallery(task, cards, sum(map(any, differs)), len(reference))
+            raise InputError(f"{described.source.path}, row {line['doc_id'] + 1}: not the picture that was evaluated")
+        options = options_of(line["doc"])
+        right = [text for text, _ in Counter(line["target"]).most_common()]
+        cards.append(Card(row, questions[index][1], options, right, answers[index], any(differs[index])))
+    return Gallery(task, cards, sum(map(any, differs)), len(rows))
 
 
 def save_grid(
@@ -198,7 +222,7 @@ def save_grid(
     cards = [card for card in gallery(comparison, task or comparison.tasks[0], count, data).cards if card.row.images]
     if not cards:
         raise InputError("no pictures to draw")
-    colors = {"right": "#1a7f37", "partly": "#9a6700", "wrong": "#cf222e"}
+    colors = {"right": "#1a7f37", "partly": "#9a6700", "wrong": "#cf222e", "open": "#59636e"}
     lines = 4 + len(cards[0].answers)  # of text under a picture: question, reference, answers
     cell, line_height = 1.75, 0.17  # inches
     grid_rows = -(-len(cards) // columns)
@@ -217,7 +241,7 @@ def save_grid(
             (f"reference: {card.references[0]}", "#59636e", "normal")
         ]
         texts += [
-            (f"{SYMBOLS[answer.verdict]} {answer.label}: {answer.text or '(empty)'}", colors[answer.verdict], "normal")
+            (f"{SYMBOLS[answer.verdict]} {answer.label}: {answer.shown}", colors[answer.verdict], "normal")
             for answer in card.answers
         ]
         for number, (text, color, weight) in enumerate(texts):

@@ -26,18 +26,19 @@ from vlm_taid.evaluation.tasks import Task
 
 @dataclass(frozen=True)
 class Score:
-    """A score, printed in percent.
+    """A score, printed in percent unless it is no share of 1.
 
     Args:
-        value: between 0 and 1; None where there is none yet: a judge has rows to score, or a part that the sum needs
-            is missing.
+        value: None where there is none yet: a judge has rows to score, or a part that the sum needs is missing.
         stderr: of a mean: sample standard deviation / sqrt(count); None for one value.
         count: the rows that were scored.
+        percent: whether the value is between 0 and 1, and printed in percent.
     """
 
     value: float | None
     stderr: float | None
     count: int
+    percent: bool = True
 
     @staticmethod
     def mean(values: Sequence[float]) -> Score:
@@ -45,10 +46,13 @@ class Score:
         return Score(statistics.fmean(values), stderr(values), len(values))
 
     def __str__(self) -> str:
-        """In percent: ``97.3 ± 0.2``; a dash for None."""
+        """In percent: ``97.3 ± 0.2``; other numbers with four digits: ``6.481 ± 0.12``; a dash for None."""
         if self.value is None:
             return "–"
-        return f"{100 * self.value:.1f}" + ("" if self.stderr is None else f" ± {100 * self.stderr:.1f}")
+        shown = [self.value, *([] if self.stderr is None else [self.stderr])]
+        if self.percent:
+            return " ± ".join(f"{100 * value:.1f}" for value in shown)
+        return " ± ".join(f"{value:.{digits}g}" for value, digits in zip(shown, (4, 2), strict=False))
 
 
 def sample_line(row: Row, answer: str, task: Task) -> dict[str, Any]:
@@ -180,6 +184,14 @@ class Results:
         }
         return Results(data, dict(samples))
 
+    def is_answered(self, task: str) -> bool:
+        """Whether the task is questions that `eval run` asked; else it is a text, or a task of lm-eval."""
+        return task in self.data.get("categories", {})
+
+    def is_text(self, task: str) -> bool:
+        """Whether the task is a text that `eval lm --data` read."""
+        return "stride" in self.data["configs"].get(task, {})
+
     def metric(self, task: str) -> str:
         """The name of the task's metric."""
         return self.data["configs"][task]["metric"]
@@ -280,7 +292,7 @@ class Results:
             stamp = path.stem.removeprefix("results_")
             beside = {task: path.with_name(f"samples_{task}_{stamp}.jsonl") for task in data["results"]}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: not a results file of `vlm-taid eval run`: {error!r}") from error
+            raise InputError(f"{path}: not a results file of `vlm-taid eval`: {error!r}") from error
         return Results(data, {task: read_samples(file) for task, file in beside.items() if file.is_file()})
 
 

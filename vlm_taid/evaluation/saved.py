@@ -16,7 +16,7 @@ from vlm_taid.evaluation.command import make_judge, parse_pairs
 from vlm_taid.evaluation.judge import Judge, judged
 from vlm_taid.evaluation.results import Score, read_samples, scored
 from vlm_taid.evaluation.scoring import scoring, summary
-from vlm_taid.evaluation.tasks import Task, known_tasks, own_task
+from vlm_taid.evaluation.tasks import Task, TaskFile, known_tasks
 
 IDS = ("id", "question_id", "questionId", "pid", "index")
 Line = dict[str, Any]
@@ -60,11 +60,10 @@ def score_command(
     names = parse_pairs(columns or {}, "columns")
     if task is not None and task not in known:
         raise InputError(f"task {task!r} is no benchmark; there are {', '.join(sorted(known))}")
-    chosen = own_task("predictions", data or predictions, metric=metric, columns=names)
-    if task is not None:
-        chosen = known[task].build(data or predictions, flavor=flavor, metric=metric, columns=names)
-    elif flavor is not None:
+    if task is None and flavor is not None:
         raise InputError("--flavor is a benchmark's: give --task too")
+    described = TaskFile("predictions") if task is None else known[task]
+    chosen = described.build(data or predictions, flavor=flavor, metric=metric, columns=names)
     if path.suffix == ".jsonl" and data is None:
         lines, chosen_metric = read_samples(path), chosen.metric or metric_of(path)
     else:

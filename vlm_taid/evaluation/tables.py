@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from vlm_taid.errors import InputError
-from vlm_taid.evaluation.comparison import Comparison, compare, discordant, paired_test
+from vlm_taid.evaluation.comparison import Comparison, answers_of, compare, paired_test
 from vlm_taid.evaluation.groups import group_summaries
-from vlm_taid.evaluation.results import Score
+from vlm_taid.evaluation.measures import difference, measures
 
 Rows = tuple[list[str], list[list[str]]]
 
@@ -26,7 +25,7 @@ def compare_command(
     """Prints the table of several models, and how each differs from the reference on the same questions.
 
     Args:
-        evaluations: Results files or folders of eval run, each may be given as LABEL=PATH.
+        evaluations: Results files or folders of eval run and eval lm, each may be given as LABEL=PATH.
         format: md, csv or latex.
         reference: The label of the model that the others are compared with; the first one if not given.
         output: A file for the table, which is printed too.
@@ -53,77 +52,64 @@ def compare_command(
 
 
 def scores_table(comparison: Comparison) -> Rows:
-    """Head and rows: each model's scores in percent, groups with a rule of their own, and the plain mean of the tasks.
+    """Head and rows: each model's scores, groups with a rule of their own, and the plain mean of the benchmarks.
 
-    An average is a dash while one of its scores is missing.
+    In percent, but perplexities and KL; a metric of which less is better has an arrow. An average is a dash while one
+    of its scores is missing; texts and lm-eval's tasks are in none.
     """
-    by_label = {
-        label: {task: results.score(task) for task, results in tasks.items()}
+    columns = comparison.measures
+    benchmarks = [measure for measure in columns if measure.main]
+    values = {
+        label: {
+            measure.task: results.score(measure.task).value
+            for measure in benchmarks
+            if (results := answers_of(tasks, measure.task)) is not None
+        }
         for label, tasks in comparison.plain.items()
     }
-    summaries = {
-        label: group_summaries({task: score.value for task, score in scores.items()})
-        for label, scores in by_label.items()
-    }
+    summaries = {label: group_summaries(scores) for label, scores in values.items()}
     groups = list(dict.fromkeys(name for found in summaries.values() for name in found))
-    tasks = comparison.tasks
-    head = ["model", *tasks, *groups, *(["average"] if len(tasks) > 1 else [])]
+    averaged = len(benchmarks) > 1
+    head = ["model", *(measure.heading for measure in columns), *groups, *(["average"] if averaged else [])]
     rows = []
-    for label, scores in by_label.items():
-        cells = [str(scores.get(task, Score(None, None, 0))) for task in tasks]
+    for label, scores in values.items():
+        cells = [comparison.cell(label, measure) for measure in columns]
         for name in groups:
             average = summaries[label].get(name, {}).get("average")
             cells.append("–" if average is None else f"{average:.1f}")
-        if len(tasks) > 1:
-            values = [scores[task].value for task in tasks if task in scores]
-            known = [value for value in values if value is not None]
-            cells.append(f"{100 * statistics.fmean(known):.1f}" if len(known) == len(tasks) else "–")
+        if averaged:
+            known = [value for value in scores.values() if value is not None]
+            cells.append(f"{100 * statistics.fmean(known):.1f}" if len(known) == len(benchmarks) else "–")
         rows.append([label, *cells])
     return head, rows
 
 
-def paired_difference(values_a: Sequence[float], values_b: Sequence[float]) -> Score:
-    """The mean of b - a over the same questions, and its standard error: that of the differences."""
-    return Score.mean([b - a for a, b in zip(values_a, values_b, strict=True)])
-
-
 def differences_table(comparison: Comparison) -> Rows:
-    """Head and rows: for each other model and task the paired difference, who alone is right how often, McNemar's p.
+    """Head and rows: for each other model and metric the paired difference, who is better on how many rows, and p.
 
-    p is the exact two-sided one where scores are 0 or 1, else a dash. Rows that either could not answer are left out.
+    p is the exact two-sided sign test's over the rows on which one is better: McNemar's where answers are right or
+    wrong.
 
     Raises:
-        InputError: two evaluations are not of the same questions.
+        InputError: two evaluations are not of the same rows.
     """
-    head = ["model", "task", "rows", "difference", f"only {comparison.reference} right", "only this right", "McNemar p"]
+    reference = comparison.reference
+    head = ["model", "task", "rows", "difference", f"{reference} better on", "this better on", "p"]
     rows = []
     for label, tasks in comparison.plain.items():
-        for task, results in tasks.items():
-            base = comparison.plain[comparison.reference].get(task)
-            if (
-                label == comparison.reference
-                or base is None
-                or not (base.samples.get(task) and results.samples.get(task))
-            ):
+        for measure in comparison.measures:
+            base, results = comparison.plain[reference].get(measure.task), tasks.get(measure.task)
+            if label == reference or base is None or results is None:
                 continue
-            key = results.key(task)
-            if results.metric(task) != base.metric(task):
-                metrics = f"{results.metric(task)} and {base.metric(task)}"
-                raise InputError(f"{task}: {label} and {comparison.reference} have different metrics, {metrics}")
-            if [a["doc_id"] for a in base.samples[task]] != [b["doc_id"] for b in results.samples[task]]:
-                raise InputError(f"{task}: {label} and {comparison.reference} did not answer the same questions")
-            pairs = zip(base.samples[task], results.samples[task], strict=True)
-            scores = [(a[key], b[key]) for a, b in pairs if a[key] is not None and b[key] is not None]
-            if not scores:
+            if not all(measure in measures(one) for one in (base, results)):
                 continue
-            values_a, values_b = ([pair[side] for pair in scores] for side in (0, 1))
-            difference = paired_difference(values_a, values_b)
-            cells = ["–", "–", "–"]
-            if {*values_a, *values_b} <= {0, 1}:
-                only_a, only_b = discordant([a == 1 for a in values_a], [b == 1 for b in values_b])
-                cells = [str(only_a), str(only_b), f"{paired_test(only_a, only_b):.2g}"]
-            sign = "+" if difference.value is not None and difference.value > 0 else ""
-            rows.append([label, task, str(len(scores)), f"{sign}{difference}", *cells])
+            found = difference(base, results, measure, (reference, label))
+            if found is None or found.score.value is None:
+                continue
+            sign = "+" if found.score.value > 0 else ""
+            p = f"{paired_test(found.better_a, found.better_b):.2g}"
+            counts = [str(found.better_a), str(found.better_b)]
+            rows.append([label, measure.heading, str(found.score.count), f"{sign}{found.score}", *counts, p])
     return head, rows
 
 
@@ -155,7 +141,7 @@ def _latex(head: list[str], rows: list[list[str]]) -> str:
             return f"${value}_{{\\pm {error}}}$"
         for mark in "&%#_$":
             text = text.replace(mark, f"\\{mark}")
-        return text.replace("–", "--")
+        return text.replace("–", "--").replace("↓", r"$\downarrow$")
 
     lines = [" & ".join(map(cell, row)) + r" \\" for row in (head, *rows)]
     body = [lines[0], r"\midrule", *lines[1:]]

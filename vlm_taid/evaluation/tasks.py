@@ -83,18 +83,47 @@ class Task:
             "prompt": {key: text for key, text in asdict(shown).items() if text is not None},
             "prompt_style": self.prompt_style,
             "dataset": asdict(self.source),
+            "columns": {ours: list(theirs) for ours, theirs in self.aliases.items()},
+            "pictures": None if self.pictures is None else asdict(self.pictures),
             "generation_kwargs": {"max_new_tokens": self.max_new_tokens, "do_sample": False},
         }
+
+    @staticmethod
+    def described(name: str, config: Mapping[str, Any], path: str | None = None) -> Task:
+        """The task that a results file describes under ``configs``.
+
+        Args:
+            name: the task's.
+            config: of `config`.
+            path: where its file lies now, pictures with it; None: where it lay then.
+        """
+        source, pictures = SourceOptions(**config["dataset"]), config.get("pictures")
+        if path is not None:
+            source, pictures = _moved(source, path), None
+        elif pictures is not None:
+            pictures = PictureTable(**{**pictures, "source": SourceOptions(**pictures["source"])})
+        return Task(
+            name,
+            source,
+            config["metric"],
+            config["generation_kwargs"]["max_new_tokens"],
+            prompt=prompt_of(config["prompt"], name),
+            prompt_style=config["prompt_style"],
+            aliases=config.get("columns", {}),
+            pictures=pictures,
+        )
 
 
 @dataclass(frozen=True)
 class TaskFile:
     """A task as a YAML file describes it: without the choices that a run makes (data, flavour, prompt style).
 
+    With a name alone it is the task of any file of questions.
+
     Args:
         task: its name.
-        flavors: metric names by flavour; the first one is the default.
-        prompts: by style; the first one is the default, and that of the flavour goes before it.
+        flavors: metric names by flavour; the first one is the default. None: the references decide.
+        prompts: by style; the first one is the default, and that of the flavour goes before it. None: the question.
         description: a sentence.
         dataset: path, split and name; data_files in place of a path of parquet, json or csv; None: must be given.
         columns: our column names to the names that may stand in their place.
@@ -104,8 +133,8 @@ class TaskFile:
     """
 
     task: str
-    flavors: dict[str, str]
-    prompts: dict[str, Prompt]
+    flavors: dict[str, str] = field(default_factory=dict)
+    prompts: dict[str, Prompt] = field(default_factory=dict)
     description: str = ""
     dataset: dict[str, Any] | None = None
     columns: dict[str, list[str]] = field(default_factory=dict)
@@ -114,9 +143,9 @@ class TaskFile:
     pictures: dict[str, Any] | None = None
 
     @property
-    def metric(self) -> str:
+    def metric(self) -> str | None:
         """The default flavour's metric."""
-        return next(iter(self.flavors.values()))
+        return next(iter(self.flavors.values()), None)
 
     def build(
         self,
@@ -145,17 +174,17 @@ class TaskFile:
         Raises:
             InputError: no such flavour or style, or no data is known.
         """
-        flavor_name = flavor or next(iter(self.flavors))
-        if flavor_name not in self.flavors:
-            raise InputError(f"task {self.task} has no flavor {flavor_name}; it has {', '.join(self.flavors)}")
+        if flavor is not None and flavor not in self.flavors:
+            known = ", ".join(self.flavors) or "none: give --metric"
+            raise InputError(f"task {self.task} has no flavor {flavor}; it has {known}")
         styles = self.prompts | {"none": self.prompts.get("none", PLAIN)}
-        style = prompt_style or (flavor if flavor in self.prompts else next(iter(self.prompts)))
+        style = prompt_style or (flavor if flavor in self.prompts else next(iter(styles)))
         if style not in styles:
             raise InputError(f"task {self.task} has no prompt style {style}; it has {', '.join(styles)}")
         return Task(
             self.task,
             _source(self.task, self.dataset, path, dict(columns or {}), image_root),
-            metric or self.flavors[flavor_name],
+            metric or (self.metric if flavor is None else self.flavors[flavor]),
             self.max_new_tokens if max_new_tokens is None else max_new_tokens,
             self.category,
             Prompt(prompt) if prompt is not None else styles[style],
@@ -164,30 +193,6 @@ class TaskFile:
             # a file of one's own has its pictures beside the questions
             None if self.pictures is None or path is not None else _picture_table(self.task, self.pictures),
         )
-
-
-def own_task(
-    name: str,
-    path: str,
-    *,
-    flavor: str | None = None,
-    prompt_style: str | None = None,
-    prompt: str | None = None,
-    metric: str | None = None,
-    max_new_tokens: int | None = None,
-    columns: Mapping[str, str] | None = None,
-    image_root: str | None = None,
-) -> Task:
-    """The task of a file that no task file describes; the arguments are those of `TaskFile.build`.
-
-    Raises:
-        InputError: a flavour or a prompt style is given, of which such a task has none.
-    """
-    if flavor is not None or prompt_style not in (None, "none"):
-        raise InputError(f"task {name} is no benchmark: it has no flavor or prompt style; give --metric and --prompt")
-    source = _source(name, None, path, dict(columns or {}), image_root)
-    style, length = Prompt(prompt) if prompt is not None else PLAIN, 16 if max_new_tokens is None else max_new_tokens
-    return Task(name, source, metric, length, prompt=style, prompt_style="own" if prompt else "none")
 
 
 def _source(
@@ -207,6 +212,13 @@ def _source(
     return SourceOptions(
         **{**known, "path": path or known["path"]}, format="vqa", columns=columns, image_root=image_root
     )
+
+
+def _moved(source: SourceOptions, path: str) -> SourceOptions:
+    """The source at another place; a file has no split."""
+    if Path(path).is_file():
+        return replace(source, path=path, split=SourceOptions.split, name=None)
+    return replace(source, path=path)
 
 
 def _picture_table(name: str, known: Mapping[str, Any]) -> PictureTable:

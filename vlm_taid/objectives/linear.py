@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .diagnostics import diagnostic_names, of_student, of_teacher
+from .diagnostics import Agreement, diagnostic_names, of_student, of_teacher
 from .head import Head
 from .objective import SFT, Inputs, Objective
 from .products import TILE, fp32_results, gradient_dtype, logits, times_weight
@@ -36,6 +36,7 @@ class LinearDistillationOutput:
     kl_N, ce_N: the objective's KL and its cross-entropy form, in nats (see ``Fused``).
     rest_N: the teacher's mass in the rest bucket, as a probability; None without a rest, and for a TopKSignal.
     temperature_gradient_N: of ``ctkd``: d loss / d T, for ``LearnedTemperature.update``.
+    agreement_N: 1 where both models' most probable token is the same shared one, else 0; None without a teacher.
     diagnostics_DN: on request: a row for each of ``diagnostic_names``.
     """
 
@@ -44,6 +45,7 @@ class LinearDistillationOutput:
     ce_N: Tensor
     rest_N: Tensor | None = None
     temperature_gradient_N: Tensor | None = None
+    agreement_N: Tensor | None = None
     diagnostics_DN: Tensor | None = None
 
 
@@ -130,6 +132,7 @@ def linear_distillation(
         values_XN[2],
         values_XN[3] if has_rest else None,
         values_XN[4] if objective.name == "ctkd" else None,
+        values_XN[5] if objective.uses_teacher else None,
         diagnostics_DN,
     )
 
@@ -188,7 +191,7 @@ class _LinearDistillation(torch.autograd.Function):
     def forward(ctx, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, call: _Call):
         wants_hidden, wants_weight, wants_bias = (call.gradient and wants for wants in ctx.needs_input_grad[:3])
         N = hidden_NH.shape[0]
-        values_XN = hidden_NH.new_zeros(5, N, dtype=torch.float32)
+        values_XN = hidden_NH.new_zeros(6, N, dtype=torch.float32)
         hidden_grad_NH = torch.empty_like(hidden_NH) if wants_hidden else None
         half = weight_VH.dtype == torch.bfloat16 and HALF_SUMS * call.chunk >= N
         dtype = torch.bfloat16 if half else torch.float32
@@ -257,6 +260,7 @@ def _chunk(hidden_nH: Tensor, at: slice, call: _Call, values_Xn: Tensor) -> Tens
         teacher_nB = teacher_logits(call.target, at)
         if head.has_rest and not isinstance(call.target, TopKSignal):
             values_Xn[3] = (teacher_nB[:, -1] - teacher_nB.logsumexp(-1)).exp()
+        values_Xn[5] = buckets.agrees_n(teacher_nB)
     student_nB = buckets.logits_nB
     if call.diagnostics_DN is not None:
         buckets.diagnose(teacher_nB, call.diagnostics_DN[:, at])
@@ -325,18 +329,26 @@ class _Buckets:
             self.outside_n = (self.log_z_n1 - self.log_b_n1)[:, 0]
 
     def diagnose(self, teacher_nB: Tensor | None, out_Dn: Tensor) -> None:
-        """Fills a chunk's diagnostics; a tail's tokens agree with none."""
+        """Fills a chunk's diagnostics."""
         n, V = self.logits_nV.shape
         of_student(lambda rows: self.logits_nV[rows].softmax(-1), n, V, out_Dn)
         if teacher_nB is None:
             return
         of_teacher(self.logits_nB, teacher_nB, out_Dn)
         out_Dn[4] += self.outside_n
-        best_n = teacher_nB.argmax(-1)
+
+    def agrees_n(self, teacher_nB: Tensor) -> Tensor:
+        """Whether both models' most probable token is the same one; a tail's and a rest's tokens agree with none."""
         if self.ids_nK is not None:
-            best_n = self.ids_nK.gather(-1, teacher_nB[:, :-1].argmax(-1, keepdim=True))[:, 0]
-        same_n = (self.shared_nC.argmax(-1) == best_n) & (best_n < self.head.width)  # in the rest are many tokens
-        out_Dn[5] = same_n.to(out_Dn.dtype)
+            best_n1 = self.ids_nK.gather(-1, teacher_nB[:, :-1].argmax(-1, keepdim=True))
+            same_n = self.shared_nC.gather(-1, best_n1)[:, 0] == self.shared_nC.amax(-1)
+            return same_n & (best_n1[:, 0] < self.head.width)
+        agreement = Agreement()
+        agreement.add(self.shared_nC, teacher_nB)
+        same_n = agreement.same_n()
+        if self.rest_nR is not None:  # in the rest are many tokens
+            same_n &= teacher_nB[:, -1] < teacher_nB.amax(-1)
+        return same_n
 
     def spread(self, gradient_nB: Tensor) -> Tensor:
         """The gradient [n, V] of the objective and of ``outside_n`` from that in the buckets' logits."""

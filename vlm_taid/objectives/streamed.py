@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .diagnostics import TeacherTiles, of_student
+from .diagnostics import Agreement, TeacherTiles, of_student
 from .head import Head
 from .products import gradient_dtype, product
 from .signals import HiddenSignal, TeacherSignal
@@ -85,11 +85,11 @@ class KLChunks:
         diagnostics_Dn: Tensor | None,
         gradient: bool,
     ) -> Tensor | None:
-        """Fills a chunk's loss, KL and cross-entropy form; returns the gradient in the raw products, [n, V]."""
+        """Fills a chunk's values, the loss first; returns the gradient in the raw products, [n, V]."""
         n = hidden_nH.shape[0]
         hidden_nH, hidden_nG = hidden_nH.detach().float(), self.target.hidden_NG[at].detach().float()
         student, teacher, means = [], [], []
-        watched = None if diagnostics_Dn is None else TeacherTiles()
+        agreement, watched = Agreement(), None if diagnostics_Dn is None else TeacherTiles()
         for mine, theirs, student_nv, teacher_nv in self._tiles(n):
             self._logits(hidden_nH, self.head, mine, student_nv)
             if theirs is not None and teacher_nv is not None:
@@ -97,6 +97,7 @@ class KLChunks:
                 gap_nv = self.gap[: teacher_nv.numel()].view(n, -1)
                 if watched is not None:
                     watched.add(student_nv, teacher_nv, gap_nv)
+                agreement.add(student_nv, teacher_nv, gap_nv)
                 torch.sub(teacher_nv, student_nv, out=gap_nv).mul_(self.t)
                 torch.add(student_nv, gap_nv, out=teacher_nv)
                 teacher.append(_exponentials(teacher_nv))
@@ -111,6 +112,7 @@ class KLChunks:
         values_Xn[1] = (gap_Kn * share_t_Kn).sum(0) - log_z_t_n + log_z_s_n
         values_Xn[2] = log_z_s_n - (own_Kn * share_t_Kn).sum(0)
         values_Xn[0] = values_Xn[1]
+        values_Xn[5] = agreement.same_n()
         if watched is not None and diagnostics_Dn is not None:
             watched.fill(log_z_s_n, diagnostics_Dn)
             tiles = [

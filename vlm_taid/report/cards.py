@@ -32,22 +32,26 @@ def _picture(image: Image.Image, side: int) -> str:
 
 
 def _card(card: Card, side: int) -> str:
-    picture = ""
-    if card.row.images:
-        image = card.row.images[0]
+    images = card.row.images
+    # several share the place of one
+    side = side if len(images) < 2 else side * 2 // 3
+    pictures = []
+    for number, image in enumerate(images, 1):
         small = ' class="small"' if max(image.size) <= SMALL else ""
-        more = f", the first of {len(card.row.images)}" if len(card.row.images) > 1 else ""
-        alt = f"Picture{more}, {image.width} x {image.height} pixels, to the question: {card.question}"
-        picture = f'<img{small} src="{_picture(image, side)}" alt="{escape(alt)}">'
+        which = f" {number} of {len(images)}" if len(images) > 1 else ""
+        alt = f"Picture{which}, {image.width} x {image.height} pixels, to the question: {card.question}"
+        pictures.append(f'<img{small} src="{_picture(image, side)}" alt="{escape(alt)}">')
+    several = " several" if len(images) > 1 else ""
+    picture = f'<span class="pictures{several}">{"".join(pictures)}</span>' if pictures else ""
+    options = "".join(f"<span>{letter}. {escape(text)}</span>" for letter, text in card.options.items())
     answers = "".join(
-        f'<span class="{answer.verdict}">{SYMBOLS[answer.verdict]} {escape(answer.label)}: '
-        f"{escape(answer.text or '(empty)')}</span>"
+        f'<span class="{answer.verdict}">{SYMBOLS[answer.verdict]} {escape(f"{answer.label}: {answer.shown}")}</span>'
         for answer in card.answers
     )
     references = " | ".join(card.references[:3]) + (" | …" if len(card.references) > 3 else "")
     return (
-        f'<button type="button" class="card" aria-haspopup="dialog">{picture}<span>'
-        f"<strong>{escape(card.question)}</strong><span>reference: {escape(references)}</span>{answers}"
+        f'<button type="button" class="card" aria-haspopup="dialog">{picture}<span class="text">'
+        f"<strong>{escape(card.question)}</strong>{options}<span>reference: {escape(references)}</span>{answers}"
         "</span></button>"
     )
 
@@ -63,7 +67,10 @@ def grid(shown: Gallery, comparison: Comparison, side: int) -> str:
     single = len(comparison.plain) == 1
     differ = "the answer is wrong" if single else f"a model does not answer as {comparison.reference} does"
     verdicts = {answer.verdict for card in shown.cards for answer in card.answers}
-    legend = ", ".join(f"{symbol} {verdict}" for verdict, symbol in SYMBOLS.items() if verdict in verdicts)
+    meaning = {"open": "no answer or no score yet"}
+    legend = ", ".join(
+        f"{symbol} {meaning.get(verdict, verdict)}" for verdict, symbol in SYMBOLS.items() if verdict in verdicts
+    )
     note = (
         f"Chosen to show differences, not at random: on {shown.differing:,} of {shown.rows:,} rows {differ}; "
         f"some of these come first, then some of the others. {legend}. Enter opens a card, arrow keys move."
@@ -79,16 +86,18 @@ def details(card: Card, readers: Mapping[str, Reader]) -> dict[str, Any]:
         card: the row.
         readers: the models that are asked how probable the answers are, by label.
     """
-    who: dict[str, list[str]] = {card.references[0].strip(): ["reference"]}
+    who: dict[str, list[str]] = {card.right[0].strip(): ["reference"]}
     for answer in card.answers:
-        who.setdefault(answer.text.strip(), []).append(answer.label)
+        who.setdefault((answer.text or "").strip(), []).append(answer.label)
     texts = [text for text in who if text] if readers else []
     read = {label: list(reader.read(card.row, texts)) for label, reader in readers.items()}
     return {
         "question": card.question,
+        "options": [f"{letter}. {text}" for letter, text in card.options.items()],
         "references": card.references,
         "answers": [
-            {"label": a.label, "text": a.text, "verdict": a.verdict, "symbol": SYMBOLS[a.verdict]} for a in card.answers
+            {"label": a.label, "text": a.shown, "verdict": a.verdict, "symbol": SYMBOLS[a.verdict]}
+            for a in card.answers
         ],
         "choices": [
             {

@@ -10,8 +10,10 @@ from pathlib import Path
 import yaml
 
 from vlm_taid.errors import InputError
+from vlm_taid.evaluation.command import parse_pairs
 from vlm_taid.evaluation.comparison import Comparison, compare
 from vlm_taid.evaluation.gallery import Gallery, gallery
+from vlm_taid.evaluation.tables import differences_table
 from vlm_taid.report.cards import details, grid
 from vlm_taid.report.curves import agreement_figure, figures
 from vlm_taid.report.page import page
@@ -38,9 +40,10 @@ def report(
     Args:
         runs: folders that `vlm-taid distill` wrote; may be none if there are evaluations.
         output: the HTML file.
-        evaluations: results files or folders of `vlm-taid eval run`, each may be given as LABEL=PATH.
+        evaluations: results files or folders of `vlm-taid eval run` and `eval lm`, each may be given as LABEL=PATH.
         reference: the label of the model that the others are compared with, the teacher; the first evaluation if None.
-        data: the held-out file, if it no longer lies where the evaluations read it.
+        data: the held-out file, if it no longer lies where the evaluations read it; of several as TASK=FILE, with
+            commas between.
         models: model folders as LABEL=PATH, with labels of the evaluations: they are loaded and asked, token by token,
             how probable each answer of a held-out row that is shown is to them.
         pictures: how many held-out rows to show for each task.
@@ -63,8 +66,10 @@ def report(
         sections.append(f'<div class="figures">{figures(read)}</div>')
     shown: list[Gallery] = []
     if comparison is not None and pictures:
-        tasks = comparison.plain[comparison.reference]
-        shown = [found for task in tasks if (found := gallery(comparison, task, pictures, data)).cards]
+        tasks = [task for task, results in comparison.plain[comparison.reference].items() if results.is_answered(task)]
+        one = data is None or "=" not in str(data) or Path(data).exists()
+        files = dict.fromkeys(tasks, data) if one else parse_pairs(str(data), "data")
+        shown = [found for task in tasks if (found := gallery(comparison, task, pictures, files.get(task))).cards]
     asking = readers(asked)
     opened = json.dumps([details(card, asking) for one in shown for card in one.cards], ensure_ascii=False)
     subtitle = " · ".join([run.name for run in read] or list(comparison.plain if comparison else []))
@@ -97,12 +102,22 @@ def _named(models: Sequence[str], labels: Sequence[str]) -> dict[str, str]:
 
 
 def _scores(comparison: Comparison) -> str:
-    """The table of results, and how often the models agree."""
-    note = "In percent, on held-out rows, with the standard error of the mean."
+    """The table of results, how the models differ row by row, and how often they agree."""
+    note = "On held-out rows, with standard errors: shares in percent"
+    if any(not measure.higher for measure in comparison.measures):
+        note += ", KL in nats a token; ↓ less is better"
+    note += "."
     if comparison.shuffled:
         note += " Wrong picture: each question with another row's picture, to see how much the answers need it."
     agreement = agreement_figure(comparison).replace("<figure>", '<figure class="alone">', 1)
-    return f"<h2>Scores</h2><p>{note}</p>{_table(*comparison.table())}{agreement}"
+    head, rows = differences_table(comparison)
+    paired = ""
+    if rows:
+        note_p = "p: exact sign test over the rows on which one is better (McNemar's for right and wrong answers)."
+        paired = (
+            f"<h3>Differences from {escape(comparison.reference)}, row by row</h3><p>{note_p}</p>{_table(head, rows)}"
+        )
+    return f"<h2>Scores</h2><p>{note}</p>{_table(*comparison.table())}{paired}{agreement}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -42,7 +42,14 @@ def figures(runs: Sequence[Run]) -> str:
             {"dashed": "t_closed_form"},
         ),
         ("KL divergence", "Of the student from what its objective aims at, nats per token.", "kl", {"smooth": True}),
+        (
+            "Top-1 agreement",
+            "The share of the answers' tokens at which student and teacher hold the same token for the most probable.",
+            "top1_agreement",
+            {"smooth": True},
+        ),
         ("Held-out loss", "Per supervised token; of TAID runs the KL to the teacher.", "eval_loss", {}),
+        ("Held-out top-1 agreement", "Of the answers' tokens, with the teacher.", "eval_top1_agreement", {}),
         *((key.removeprefix("eval_"), "During training, on held-out rows.", key, {}) for key in _scores(runs)),
         ("Gradient norm", "Before clipping.", "grad_norm", {"smooth": True}),
         ("Learning rate", "Of the first parameter group.", "learning_rate", {}),
@@ -122,14 +129,13 @@ def agreement_figure(comparison: Comparison) -> str:
     """How often each model gives the reference model's answer, by task and category, with standard errors."""
     models = [label for label in comparison.plain if label != comparison.reference]
     rows: list[tuple[str, dict[str, Score]]] = []
-    for task, theirs in comparison.plain[comparison.reference].items():
-        reference = theirs.samples.get(task, [])
+    for task in comparison.plain[comparison.reference]:
+        reference = comparison.answers(comparison.reference, task)
         groups = [None, *sorted({line["category"] for line in reference if line["category"] is not None})]
         for group in groups:
             scores = {}
             for label in models:
-                results = comparison.plain[label].get(task)
-                lines = [] if results is None else results.samples.get(task, [])
+                lines = comparison.answers(label, task)
                 if lines and reference:
                     try:
                         equal = agreements(lines, reference)

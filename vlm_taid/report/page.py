@@ -32,9 +32,11 @@ button { font: inherit; color: inherit; cursor: pointer; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; overflow: hidden; padding: 0;
   font-size: .82rem; text-align: left; display: flex; flex-direction: column; }
 .card img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--page); }
+.pictures { display: block; width: 100%; }
+.pictures.several { display: grid; grid-template-columns: 1fr 1fr; gap: 2px; }
 img.small { image-rendering: pixelated; }
-.card > span { padding: .5rem .6rem .6rem; overflow-wrap: anywhere; display: block; width: 100%; }
-.card strong { display: block; line-height: 1.3; } .card span span { display: block; color: var(--soft); }
+.card > .text { padding: .5rem .6rem .6rem; overflow-wrap: anywhere; display: block; width: 100%; }
+.card strong { display: block; line-height: 1.3; } .card .text span { display: block; color: var(--soft); }
 .card .right, dialog .right { color: var(--right); } .card .partly, dialog .partly { color: var(--partly); }
 .card .wrong, dialog .wrong { color: var(--wrong); }
 dialog { width: min(960px, 94vw); max-height: 92vh; border: 1px solid var(--line); border-radius: 10px; padding: 1.2rem;
@@ -44,6 +46,7 @@ dialog nav { display: flex; gap: .5rem; justify-content: flex-end; margin-bottom
 dialog nav button { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .2rem .7rem; }
 dialog .about { display: flex; gap: 1rem; flex-wrap: wrap; } dialog .about > div { flex: 1 1 260px; }
 dialog .about img { width: 240px; max-width: 100%; object-fit: contain; align-self: flex-start; }
+dialog ul { list-style: none; margin: 0 0 .75rem; padding: 0; }
 dialog h2 { margin: 0 0 .3rem; overflow-wrap: anywhere; } dialog h3 { font-size: .95rem; margin: 1rem 0 .3rem; }
 dialog td { vertical-align: top; text-align: left; white-space: normal; } dialog th { text-align: left; }
 fieldset { border: 1px solid var(--line); border-radius: 6px; margin: .8rem 0 0; display: flex; flex-wrap: wrap;
@@ -103,13 +106,18 @@ const tokens = (choice, at) => {
 const show = index => {
   open = (index + cards.length) % cards.length;
   const card = cards[open], about = make('div', undefined, 'about'), text = make('div'), rest = make('div');
-  const picture = buttons[open].querySelector('img');
-  if (picture) about.append(picture.cloneNode());
+  for (const picture of buttons[open].querySelectorAll('img')) about.append(picture.cloneNode());
   const question = make('h2', card.question);
   question.id = 'question';
-  text.append(question, make('p', `References: ${card.references.join(' | ')}`));
+  text.append(question);
+  if (card.options.length) {
+    const list = make('ul');
+    list.append(...card.options.map(option => make('li', option)));
+    text.append(list);
+  }
+  text.append(make('p', `References: ${card.references.join(' | ')}`));
   for (const {label, text: said, verdict, symbol} of card.answers) {
-    text.append(make('div', `${symbol} ${label}: ${said || '(empty)'}`, verdict));
+    text.append(make('div', `${symbol} ${label}: ${said}`, verdict));
   }
   about.append(text);
   view.querySelector('div').replaceChildren(about);

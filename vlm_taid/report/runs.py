@@ -17,6 +17,7 @@ MAX_POINTS = 600  # of a curve; longer ones are averaged over equal stretches of
 NO_SCORES = (
     "_loss",
     "_cross_entropy",
+    "_top1_agreement",
     "_answer_tokens",
     "_refused_rows",
     "_runtime",
