@@ -213,17 +213,17 @@ def _exact(inputs: list[Tensor], name: str) -> list[Tensor]:
 
 
 def plot(lines: Path, case: str, share: float, picture: Path) -> None:
-    """Processor seconds and memory of one case and share, a bar a contender; of a contender's lines the last counts."""
+    """Seconds and memory of one case and share, a bar a contender; of a contender's lines the last counts."""
     import matplotlib.pyplot as plt
 
     measured = [json.loads(line) for line in lines.read_text().splitlines()]
-    measured = [line for line in measured if (line["case"], line["share"]) == (case, share) and "cpu_seconds" in line]
+    measured = [
+        line for line in measured if (line["case"], line["share"], line["length"]) == (case, share, CASES[case][1])
+    ]
     last = {line["contender"]: line for line in measured}
     names = [name for name in CONTENDERS if name in last]
     figure, panels = plt.subplots(1, 2, figsize=(9, 0.6 + 0.45 * len(names)), sharey=True, layout="constrained")
-    for panel, key, label in zip(
-        panels, ("cpu_seconds", "GiB"), ("processor seconds", "GiB beyond the inputs"), strict=True
-    ):
+    for panel, key, label in zip(panels, ("seconds", "GiB"), ("seconds", "GiB beyond the inputs"), strict=True):
         colours = ["tab:orange" if name.startswith("ours") else "tab:gray" for name in names]
         bars = panel.barh(names, [last[name][key] for name in names], color=colours)
         panel.bar_label(bars, padding=3)

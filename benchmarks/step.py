@@ -1,10 +1,12 @@
-"""A whole distillation step of a vision-language pair at full width, against its parts and the authors' full logits.
+"""A whole distillation step of a vision-language pair at full width, against parts, the authors and TRL.
 
     python benchmarks/step.py --output benchmarks/step.jsonl
 
 InternVL with Llama text models: student 2048 wide, teacher 4096, untied heads of 92553 rows, two layers everywhere,
 random bf16 weights; one row of 4 tiles of 256 image tokens and 64 answer tokens. The parts: the teacher's backbone
-forward, the student's forward and backward, and both heads' products on the answer rows alone. All are taken in turn
+forward, the student's forward and backward, and both heads' products on the answer rows alone. TRL is its
+DistillationTrainer's loss (forward KL, the answer given) and backward, if TRL is installed: pip install
+"vlm-taid[bench]". All are taken in turn
 in one process, the least seconds of ``--turns`` counts; GiB at the peak are those beyond the two models.
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import sys
 import tempfile
@@ -25,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from transformers import InternVLConfig, InternVLForConditionalGeneration, LlamaConfig
 
+from vlm_taid.data import DataOptions
 from vlm_taid.objectives import Head, Objective, TAIDSchedule
 from vlm_taid.streams import PairedBatch
 from vlm_taid.teachers import LiveTeacher, TeacherOptions
@@ -68,7 +72,7 @@ def contenders(student: Any, teacher: Any) -> dict[str, Callable[[], Any]]:
     live = LiveTeacher.__new__(LiveTeacher)  # a teacher that is in memory already
     live.options, live.model, live.wrapper, live.head = TeacherOptions(path="none"), teacher, teacher, Head.of(teacher)
     arguments = DistillationArguments(tempfile.mkdtemp(), use_cpu=True, report_to="none")
-    collator: Any = SimpleNamespace(vocabulary=None, shared=True)
+    collator: Any = SimpleNamespace(vocabulary=None, shared=True, options=DataOptions(train=[]))
     options: dict[str, Any] = {"objective": Objective.named("taid"), "schedule": TAIDSchedule(), "collator": collator}
     trainer = DistillationTrainer(student, arguments, teacher=live, **options)
     heads = student.get_output_embeddings().weight, teacher.get_output_embeddings().weight
@@ -94,12 +98,34 @@ def contenders(student: Any, teacher: Any) -> dict[str, Callable[[], Any]]:
         per_token = -(target * F.log_softmax(logits, -1, dtype=torch.float32)).sum(-1)
         per_token[batch["student_rows_N"]].mean().backward()
 
+    def trl(trainer: Any) -> None:
+        inputs = batch["student"] | {"pixel_values": batch["student"]["pixel_values"].bfloat16()}
+        parts = {"prompt": slice(None, -ANSWER), "completion": slice(-ANSWER, None)}
+        for name, at in parts.items():
+            inputs[f"{name}_ids"], inputs[f"{name}_mask"] = (inputs[k][:, at] for k in ("input_ids", "attention_mask"))
+        trainer._compute_loss(student, inputs, torch.tensor(float(ANSWER)))[0].backward()
+
+    rivals = {}
+    if importlib.util.find_spec("trl"):
+        from trl import DistillationTrainer as Rival
+
+        rival = Rival.__new__(Rival)  # without its datasets and generation
+        rival.teacher_model, rival.accelerator, rival._is_vlm, rival.model_kwarg_keys = (
+            teacher,
+            trainer.accelerator,
+            True,
+            (),
+        )
+        rival.beta, rival.temperature = 0.0, 1.0
+        rival._forward_redirection = lambda wrapper, model, method, *a, **k: method(*a, **k)
+        rivals["TRL"] = lambda: trl(rival)
     return {
         "teacher backbone": teacher_backbone,
         "student backbone": lambda: hidden_at(student, *at).backward(gradient_NH),
         "heads": head_products,
         "ours": lambda: trainer.training_step(student, batch, torch.tensor(float(ANSWER))),
         "full logits": full_logits,
+        **rivals,
     }
 
 
@@ -137,7 +163,7 @@ def main() -> None:
     for what, place in (("seconds", 0), ("cpu_seconds", 1)):
         total = sum(best[name][place] for name in parts)
         lines.append({"of the parts' sum": what} | {name: round(best[name][place] / total, 3) for name in
-                                                    ("ours", "full logits")})  # fmt: skip
+                                                    list(runs)[3:]})  # fmt: skip
     with options.output.open("a") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
 
