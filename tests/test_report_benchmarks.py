@@ -80,6 +80,14 @@ def test_options_pictures_and_missing_answers(evaluations, tmp_path):
     assert "– no answer or no score yet" in text
 
 
+def test_agreement_is_over_rows_that_both_answered(evaluations):
+    comparison = compare(evaluations)
+    names = [comparison.reference, next(label for label in comparison.plain if label != comparison.reference)]
+    found = comparison.agreement_with_reference(names[1], "ocrbench")
+    assert found is not None and (found.value, found.count) == (0.0, 1)
+    assert comparison.agreement_with_reference(names[0], "ocrbench") is None
+
+
 def test_moved_files_are_named_by_task(evaluations, files, tmp_path):
     moved = {}
     for name in ("chartqa", "mmbench_en_v11"):

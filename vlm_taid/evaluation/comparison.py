@@ -165,8 +165,24 @@ class Comparison:
         return str(results.score(task, group))
 
     def _agreement(self, label: str, task: str) -> str:
-        lines = [self.answers(name, task) for name in (label, self.reference)]
-        return "–" if label == self.reference or not all(lines) else str(agreement(*lines))
+        found = self.agreement_with_reference(label, task)
+        return "–" if found is None else str(found)
+
+    def agreement_with_reference(self, label: str, task: str, group: str | None = None) -> Score | None:
+        """How often a model gives the reference's answer, on the rows of a category that both could answer; or None.
+
+        Raises:
+            InputError: they answered other rows.
+        """
+        mine, theirs = self.answers(label, task), self.answers(self.reference, task)
+        if label == self.reference or not mine or not theirs:
+            return None
+        equal = [
+            float(same)
+            for same, a, b in zip(agreements(mine, theirs), mine, theirs, strict=True)
+            if "error" not in a and "error" not in b and group in (None, b["category"])
+        ]
+        return Score.mean(equal) if equal else None
 
     def answers(self, label: str, task: str) -> Samples:
         """A model's lines of a task whose questions it was asked; empty without samples, and for texts."""

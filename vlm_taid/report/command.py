@@ -110,19 +110,26 @@ def _scores(comparison: Comparison) -> str:
     if comparison.shuffled:
         note += " Wrong picture: each question with another row's picture, to see how much the answers need it."
     agreement = agreement_figure(comparison).replace("<figure>", '<figure class="alone">', 1)
-    head, rows = differences_table(comparison)
-    paired = ""
-    if rows:
+    paired, differences = "", differences_table(comparison)
+    if differences[1]:
         note_p = "p: exact sign test over the rows on which one is better (McNemar's for right and wrong answers)."
         paired = (
-            f"<h3>Differences from {escape(comparison.reference)}, row by row</h3><p>{note_p}</p>{_table(head, rows)}"
+            f"<h3>Differences from {escape(comparison.reference)}, row by row</h3><p>{note_p}</p>{_table(*differences)}"
         )
-    return f"<h2>Scores</h2><p>{note}</p>{_table(*comparison.table())}{paired}{agreement}"
+    names, models = comparison.table()
+    head, *lines = zip(names, *models, strict=True)  # a column each model: they are few, and the page may be narrow
+    return f"<h2>Scores</h2><p>{note}</p>{_table(head, lines)}{paired}{agreement}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    words = [any(cell[:1].isalpha() for cell in column) for column in zip(*rows, strict=True)] or [True] * len(head)
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        kinds = (' class="word"' if word else "" for word in words)
+        return "".join(f"<{tag}{kind}>{escape(cell)}</{tag[:2]}>" for kind, cell in zip(kinds, cells, strict=True))
+
+    cells = line(head, 'th scope="col"')
+    body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
 
 

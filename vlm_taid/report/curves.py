@@ -11,8 +11,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vlm_taid.errors import InputError
-from vlm_taid.evaluation.comparison import Comparison, agreements
+from vlm_taid.evaluation.comparison import Comparison
 from vlm_taid.evaluation.results import Score
 from vlm_taid.report.runs import Run
 
@@ -133,16 +132,8 @@ def agreement_figure(comparison: Comparison) -> str:
         reference = comparison.answers(comparison.reference, task)
         groups = [None, *sorted({line["category"] for line in reference if line["category"] is not None})]
         for group in groups:
-            scores = {}
-            for label in models:
-                lines = comparison.answers(label, task)
-                if lines and reference:
-                    try:
-                        equal = agreements(lines, reference)
-                    except InputError:  # of other rows; the table says so where it matters
-                        continue
-                    chosen = zip(equal, reference, strict=True)
-                    scores[label] = Score.mean([float(e) for e, line in chosen if group in (None, line["category"])])
+            found = {label: comparison.agreement_with_reference(label, task, group) for label in models}
+            scores = {label: score for label, score in found.items() if score is not None}
             if scores:
                 rows.append((task if group is None else f"{task}: {group}", scores))
     if not rows:

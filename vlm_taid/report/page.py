@@ -17,7 +17,8 @@ p { margin: .25rem 0 .75rem; color: var(--soft); }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th { font-weight: 600; color: var(--soft); } th:first-child, td:first-child { text-align: left; }
+th { font-weight: 600; color: var(--soft); } th:first-child, td:first-child, .word { text-align: left; }
+td.word:first-child { white-space: normal; min-width: 7rem; }
 details { margin-top: .75rem; } summary { cursor: pointer; color: var(--soft); }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .8rem; overflow-x: auto;
   font-size: .8rem; line-height: 1.4; }
@@ -36,7 +37,7 @@ button { font: inherit; color: inherit; cursor: pointer; }
 .pictures.several { display: grid; grid-template-columns: 1fr 1fr; gap: 2px; }
 img.small { image-rendering: pixelated; }
 .card > .text { padding: .5rem .6rem .6rem; overflow-wrap: anywhere; display: block; width: 100%; }
-.card strong { display: block; line-height: 1.3; } .card .text span { display: block; color: var(--soft); }
+.card strong { display: block; line-height: 1.3; } .text span { display: block; color: var(--soft); }
 .card .right, dialog .right { color: var(--right); } .card .partly, dialog .partly { color: var(--partly); }
 .card .wrong, dialog .wrong { color: var(--wrong); }
 dialog { width: min(960px, 94vw); max-height: 92vh; border: 1px solid var(--line); border-radius: 10px; padding: 1.2rem;
