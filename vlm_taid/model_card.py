@@ -118,6 +118,8 @@ def model_card(recipe: Recipe, state: Any, model: Any) -> str:
         tags=[TAG, "distillation", recipe.objective.name, *(f"arxiv:{one}" for one in papers)],
     )
     lines = [f"- student: `{student}`, {get_model_param_count(model) / 1e6:.1f} M parameters{_licence(student)}"]
+    if recipe.student.prune is not None:
+        lines.append(f"- pruned to {recipe.student.prune.layers} decoder layers, evenly spaced with the first and last")
     lines += [f"- teacher: `{one.path}`{_licence(one.path)}" for one in teachers]
     lines += [f"- data: `{one.path}` ({one.format}){_licence(one.path, 'dataset')}" for one in recipe.data.train]
     last = next((log for log in reversed(state.log_history) if "loss" in log), None)

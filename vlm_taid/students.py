@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 
 import timm
 import torch
+from accelerate import PartialState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CLIPImageProcessor,
@@ -35,7 +36,8 @@ from transformers import (
 )
 
 from .errors import InputError
-from .pretrained import ModelOptions
+from .pretrained import ModelOptions, load_model
+from .pruning import PruneOptions, kept_layers, prune
 from .trainable import LoRAOptions
 
 TURN_START, TURN_END, PADDING = "<|im_start|>", "<|im_end|>", "<|pad|>"
@@ -314,3 +316,21 @@ class StudentOptions(ModelOptions):
     """Parts that are not trained, by their names in the model: vision_tower, layers.0, embed_tokens (* is any text)."""
     lora: LoRAOptions | None = None
     """Train low-rank adapters alone; the saved model has them added to its weights."""
+    prune: PruneOptions | None = None
+    """Keep some of the decoder's layers alone, evenly spaced with the first and the last: {layers: 10}."""
+
+
+def load_student(options: StudentOptions) -> Any:
+    """The model that is trained, pruned if that is asked for.
+
+    Raises:
+        InputError: as ``load_model``, or the model cannot be pruned so.
+    """
+    model = load_model(options)
+    if options.prune is None:
+        return model
+    count = model.config.get_text_config().num_hidden_layers
+    prune(model, options.prune)
+    kept = ", ".join(map(str, kept_layers(count, options.prune.layers)))
+    PartialState().print(f"student.prune: of {options.path}'s {count} decoder layers {kept} are kept")
+    return model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .errors import InputError
-from .pretrained import ModelOptions, load_model, loading_under, vision_towers
+from .pretrained import loading_under, vision_towers
 
 
 @dataclass
@@ -124,18 +124,18 @@ def without_adapters(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 
-def save_merged(options: ModelOptions, adapter: Path, output: Path) -> None:
+def save_merged(load: Callable[[], Any], adapter: Path, output: Path) -> None:
     """Writes the student with its adapters added to its weights, as an ordinary model; for one rank.
 
     Args:
-        options: the student that the adapters were trained on.
+        load: makes the student that the adapters were trained on.
         adapter: the folder of the adapters.
         output: where the model goes.
     """
     from peft import PeftModel
 
     with loading_under(0):  # whole, whatever the run's ZeRO stage
-        merged: Any = PeftModel.from_pretrained(load_model(options), str(adapter)).merge_and_unload()  # pyright: ignore
+        merged: Any = PeftModel.from_pretrained(load(), str(adapter)).merge_and_unload()  # pyright: ignore
     merged.save_pretrained(output)
 
 

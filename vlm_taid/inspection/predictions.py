@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from ..objectives import FKL, Head, linear_distillation
-from ..pretrained import load_model
 from ..recipe import Recipe
 from ..streams import PairedBatch, PairedCollator, StreamEncoder
+from ..students import load_student
 from ..teachers import LiveTeacher
 from ..teachers.live import hidden_at
 from .rows import Prediction
@@ -34,7 +34,7 @@ class Models:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
         assert device is not None
         self.device = device
-        self.student: Any = load_model(recipe.student).to(device).eval()  # pyright: ignore[reportArgumentType]
+        self.student: Any = load_student(recipe.student).to(device).eval()  # pyright: ignore[reportArgumentType]
         self.teacher = LiveTeacher(replace(recipe.teacher, zero_stage=0), device)
         rest_R, teacher_rest_R = (
             None if rest is None else rest.to(device) for rest in (shared.student_rest_R, shared.teacher_rest_R)
