@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from mkdocs.config import load_config
 from mkdocs.exceptions import PluginError
 
-from vlm_taid.recipe import recipe_parser
+from vlm_taid.recipe import Recipe, recipe_parser
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -29,6 +30,31 @@ def test_the_recipe_page_has_the_keys_and_defaults_of_the_command():
     assert "| `resume` | str | `auto` | auto: go on from the newest whole checkpoint" in page
     assert "### student.lora" in page and "### data.train[]" in page and "teachers" in page
     assert re.search(r"`format` \| messages, llava, vqa", page)
+
+
+def test_the_snippets_of_options_are_recipes(tmp_path, monkeypatch):
+    """Each fits into a whole recipe and says something that the recipe then has."""
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs" / "options.md").read_text()
+    snippets = [yaml.safe_load(found) for found in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
+    assert len(snippets) == page.count("```yaml") >= 6
+    for number, snippet in enumerate(snippets):
+        whole = {
+            "student": {"path": "student"},
+            "data": {"train": [{"path": "data/sample/vqa.jsonl", "format": "vqa"}]},
+        }
+        whole |= {} if "teachers" in snippet else {"teacher": {"path": "teacher"}}
+        for section, keys in snippet.items():
+            old = whole.get(section)
+            whole[section] = {**old, **keys} if isinstance(old, dict) else keys
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(yaml.safe_dump(whole))
+        given = Recipe.load(file).to_dict()
+        for section, keys in snippet.items():
+            for key, value in keys.items() if isinstance(keys, dict) else []:
+                found = given[section][key]
+                same = value.items() <= found.items() if isinstance(value, dict) else found == value
+                assert same or isinstance(value, list), (section, key)
 
 
 def test_formulas_are_drawn_without_a_script():
