@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import InternVLForConditionalGeneration
 from transformers.utils import sentencepiece_model_pb2_new as pb2
 
 from vlm_taid.data import Conversation, Part, Turn
@@ -54,41 +55,48 @@ def sentencepiece(file: Path) -> dict[str, float]:
     return {word: -float(i) for i, word in enumerate(words)}
 
 
-def vision_block(prefix: str) -> dict:
+def vision_block(prefix: str, width: int, inner: int) -> dict:
     return {
-        f"{prefix}.attn.qkv.weight": (3 * VISION, VISION), f"{prefix}.attn.qkv.bias": (3 * VISION,),
-        f"{prefix}.attn.proj.weight": (VISION, VISION), f"{prefix}.attn.proj.bias": (VISION,),
-        f"{prefix}.mlp.fc1.weight": (48, VISION), f"{prefix}.mlp.fc1.bias": (48,),
-        f"{prefix}.mlp.fc2.weight": (VISION, 48), f"{prefix}.mlp.fc2.bias": (VISION,),
-        **{f"{prefix}.norm{i}.{part}": (VISION,) for i in (1, 2) for part in ("weight", "bias")},
-        f"{prefix}.ls1": (VISION,), f"{prefix}.ls2": (VISION,),
+        f"{prefix}.attn.qkv.weight": (3 * width, width), f"{prefix}.attn.qkv.bias": (3 * width,),
+        f"{prefix}.attn.proj.weight": (width, width), f"{prefix}.attn.proj.bias": (width,),
+        f"{prefix}.mlp.fc1.weight": (inner, width), f"{prefix}.mlp.fc1.bias": (inner,),
+        f"{prefix}.mlp.fc2.weight": (width, inner), f"{prefix}.mlp.fc2.bias": (width,),
+        **{f"{prefix}.norm{i}.{part}": (width,) for i in (1, 2) for part in ("weight", "bias")},
+        f"{prefix}.ls1": (width,), f"{prefix}.ls2": (width,),
     }  # fmt: skip
 
 
-def text_block(prefix: str) -> dict:
+def text_block(prefix: str, width: int, inner: int, heads: int, keys: int) -> dict:
     return {
-        f"{prefix}.attention.wqkv.weight": ((HEADS + 2 * KEYS) * (WIDTH // HEADS), WIDTH),
-        f"{prefix}.attention.wo.weight": (WIDTH, WIDTH),
-        f"{prefix}.feed_forward.w1.weight": (40, WIDTH), f"{prefix}.feed_forward.w3.weight": (40, WIDTH),
-        f"{prefix}.feed_forward.w2.weight": (WIDTH, 40),
-        f"{prefix}.attention_norm.weight": (WIDTH,), f"{prefix}.ffn_norm.weight": (WIDTH,),
+        f"{prefix}.attention.wqkv.weight": ((heads + 2 * keys) * (width // heads), width),
+        f"{prefix}.attention.wo.weight": (width, width),
+        f"{prefix}.feed_forward.w1.weight": (inner, width), f"{prefix}.feed_forward.w3.weight": (inner, width),
+        f"{prefix}.feed_forward.w2.weight": (width, inner),
+        f"{prefix}.attention_norm.weight": (width,), f"{prefix}.ffn_norm.weight": (width,),
     }  # fmt: skip
 
 
-def shapes(vocabulary: int) -> dict:
+def shapes(config: dict) -> dict:
+    """Names and shapes of all the tensors of a published checkpoint with that config."""
+    text, vision = config["llm_config"], config["vision_config"]
+    rows, width, tower = text["vocab_size"], text["hidden_size"], vision["hidden_size"]
+    patch = vision["patch_size"]
     found = {
-        "vision_model.embeddings.class_embedding": (1, 1, VISION),
-        "vision_model.embeddings.position_embedding": (1, 17, VISION),
-        "vision_model.embeddings.patch_embedding.weight": (VISION, 3, 14, 14),
-        "vision_model.embeddings.patch_embedding.bias": (VISION,),
-        "mlp1.0.weight": (4 * VISION,), "mlp1.0.bias": (4 * VISION,),
-        "mlp1.1.weight": (WIDTH, 4 * VISION), "mlp1.1.bias": (WIDTH,),
-        "mlp1.3.weight": (WIDTH, WIDTH), "mlp1.3.bias": (WIDTH,),
-        "language_model.model.tok_embeddings.weight": (vocabulary, WIDTH),
-        "language_model.model.norm.weight": (WIDTH,), "language_model.output.weight": (vocabulary, WIDTH),
+        "vision_model.embeddings.class_embedding": (1, 1, tower),
+        "vision_model.embeddings.position_embedding": (1, (config["force_image_size"] // patch) ** 2 + 1, tower),
+        "vision_model.embeddings.patch_embedding.weight": (tower, 3, patch, patch),
+        "vision_model.embeddings.patch_embedding.bias": (tower,),
+        "mlp1.0.weight": (4 * tower,), "mlp1.0.bias": (4 * tower,),
+        "mlp1.1.weight": (width, 4 * tower), "mlp1.1.bias": (width,),
+        "mlp1.3.weight": (width, width), "mlp1.3.bias": (width,),
+        "language_model.model.tok_embeddings.weight": (rows, width),
+        "language_model.model.norm.weight": (width,), "language_model.output.weight": (rows, width),
     }  # fmt: skip
-    for i in range(LAYERS):
-        found |= vision_block(f"vision_model.encoder.layers.{i}") | text_block(f"language_model.model.layers.{i}")
+    for i in range(vision["num_hidden_layers"]):
+        found |= vision_block(f"vision_model.encoder.layers.{i}", tower, vision["intermediate_size"])
+    for i in range(text["num_hidden_layers"]):
+        heads = text["num_attention_heads"], text["num_key_value_heads"]
+        found |= text_block(f"language_model.model.layers.{i}", width, text["intermediate_size"], *heads)
     return found
 
 
@@ -123,7 +131,7 @@ def made(tmp_path_factory):
     }  # fmt: skip
     (source / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(0)
-    tensors = {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes(vocabulary).items()}
+    tensors = {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes(config).items()}
     names = sorted(tensors)
     for part, some in enumerate((names[::2], names[1::2]), start=1):
         shard = {name: tensors[name] for name in some}
@@ -230,6 +238,30 @@ def test_a_wrong_split_of_the_fused_weight_would_show(made):
     right = internlm2(w, x_TD)
     wrong = internlm2(w | {name: fused.view(2, 4, 8, WIDTH).transpose(0, 1).reshape(fused.shape).double()}, x_TD)
     assert (right - wrong).abs().max() > 1e-2 * right.abs().max()
+
+
+@pytest.mark.parametrize(
+    "sizes, billions",
+    [((2048, 8192, 24, 16), 2.21), ((4096, 14336, 32, 32), 8.08)],  # InternLM2-1.8B's and InternLM2.5-7B's
+    ids=["2B", "8B"],
+)
+def test_every_tensor_of_the_published_sizes_has_its_place(made, sizes, billions):
+    config = json.loads((made["source"] / "config.json").read_text())
+    text, vision = config["llm_config"], config["vision_config"]
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    text |= dict(zip(keys, sizes, strict=True)) | {"num_key_value_heads": 8, "vocab_size": 92553}
+    vision |= dict(zip(keys, (1024, 4096, 24, 16), strict=True)) | {"image_size": 448}
+    config["force_image_size"] = 448
+    target = script.converted_config(config, 92546)
+    placed = {}
+    with torch.device("meta"):
+        published = {name: torch.empty(shape) for name, shape in shapes(config).items()}
+        for name, tensor in published.items():
+            placed |= script.converted_tensors(name, tensor, target)
+        wanted = InternVLForConditionalGeneration(target).state_dict()
+    assert {name: value.shape for name, value in placed.items()} == {name: v.shape for name, v in wanted.items()}
+    assert sum(tensor.numel() for tensor in published.values()) == pytest.approx(billions * 1e9, abs=5e6)
+    assert script.image_tokens(config) == 256
 
 
 def sentencepiece_reference(text: str, scores: dict[str, float], id_of: dict[str, int]) -> list[int]:
