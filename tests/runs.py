@@ -57,6 +57,8 @@ def recipe_file(
     }  # fmt: skip
     if teacher is not None:
         recipe["teacher"] = {"path": teacher, "dtype": "float32", "zero_stage": zero_stage}
+        if zero_stage == 3:  # as in deepspeed_config
+            recipe["teacher"]["deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     path.write_text(yaml.safe_dump(recipe))
     return path
 
@@ -66,29 +68,22 @@ def here(recipe: Path) -> Path:
     return distill(Recipe.load(recipe))
 
 
-def command(recipe: Path, launcher: str | None) -> list[str]:
+def command(recipe: Path, launcher: str | None, ranks: int = 2) -> list[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     arguments = ["distill", "--config", str(recipe)]
     binary = Path(sys.executable).parent
     if launcher == "deepspeed":
-        return [str(binary / "deepspeed"), "--num_gpus", "2", "--master_port", port, "--module", "vlm_taid", *arguments]
+        told = f"--num_gpus {ranks} --master_port {port} --module vlm_taid"
+        return [str(binary / "deepspeed"), *told.split(), *arguments]
     if launcher == "torchrun":
-        return [
-            str(binary / "torchrun"),
-            "--nproc_per_node",
-            "2",
-            "--master_port",
-            port,
-            "-m",
-            "tests.each_rank",
-            *arguments,
-        ]
+        told = f"--nproc_per_node {ranks} --master_port {port} -m tests.each_rank"
+        return [str(binary / "torchrun"), *told.split(), *arguments]
     return [sys.executable, "-m", "vlm_taid", *arguments]
 
 
-def launched(recipe: Path, launcher: str | None, kill_when: Callable[[], bool] | None = None) -> Path:
+def launched(recipe: Path, launcher: str | None, kill_when: Callable[[], bool] | None = None, ranks: int = 2) -> Path:
     """The run under a launcher (None: one process of its own); killed with SIGKILL when the condition holds.
 
     The PATH holds the environment's own commands alone: no compiler, so that nothing can need one.
@@ -97,7 +92,7 @@ def launched(recipe: Path, launcher: str | None, kill_when: Callable[[], bool] |
     extensions = str(recipe.parent / "extensions")
     environment = os.environ | {"PATH": str(Path(sys.executable).parent), "TORCH_EXTENSIONS_DIR": extensions}
     with open(log, "w") as file:
-        process = psutil.Popen(command(recipe, launcher), stdout=file, stderr=subprocess.STDOUT, env=environment)
+        process = psutil.Popen(command(recipe, launcher, ranks), stdout=file, stderr=subprocess.STDOUT, env=environment)
         end = time.monotonic() + LIMIT
         while process.poll() is None:
             if kill_when is not None and kill_when():

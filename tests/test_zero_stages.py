@@ -72,10 +72,21 @@ def test_the_best_checkpoint_is_kept_and_is_the_result(pair, launcher, stage):
     assert (run / "checkpoint-2" / "complete.json").is_file()
     chosen, result = runs.loaded(run / "checkpoint-2"), runs.loaded(run)
     assert all(torch.equal(chosen[key], value) for key, value in result.items())
-    if stage == 3:
-        for rank in range(2):  # of both models, half of the parameters' bytes and what padding adds
-            held = json.loads((run / f"rank{rank}.jsonl").read_text().splitlines()[-1])["held"]
-            assert len(held) == 2 and all(0.5 <= own / whole < 0.55 for own, whole in held)
+
+
+def test_two_ranks_hold_half_of_what_one_holds(pair):
+    """Measured on both models, at the end of a step of one rank's run and of two ranks'."""
+    recipe, _, _ = pair
+    more = {"deepspeed": runs.deepspeed_config(3), "zero_stage": 3, "max_steps": 1, "eval_strategy": "no"}
+    held = []
+    for ranks in (1, 2):
+        run = runs.launched(recipe(f"held{ranks}", per_device_train_batch_size=2, **more), "torchrun", ranks=ranks)
+        lines = [(run / f"rank{rank}.jsonl").read_text().splitlines()[-1] for rank in range(ranks)]
+        held.append([json.loads(line)["held"] for line in lines])
+    (one,), two = held
+    assert len(one) == 2 and min(one) > 10_000
+    for rank in two:
+        assert rank == [pytest.approx(whole / 2, rel=0.1) for whole in one]
 
 
 def converted_weights_are_the_saved_ones(run: Path):

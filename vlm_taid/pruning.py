@@ -59,7 +59,7 @@ def prune(model: Any, options: PruneOptions) -> None:
     name = type(decoder).__name__
     count = model.config.get_text_config().num_hidden_layers
     kept = kept_layers(count, options.layers)
-    layers = getattr(decoder, "layers", None)
+    layers: Any = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList) or len(layers) != count:
         raise InputError(f"student.prune: {name} has no list of its {count} layers: prune it into a folder of its own")
     config = pruned_config(model.config, options)
@@ -76,7 +76,7 @@ def prune(model: Any, options: PruneOptions) -> None:
     for place, layer in enumerate(decoder.layers):
         for module in layer.modules():  # where the layer's keys and values are in a cache
             if hasattr(module, "layer_idx"):
-                module.layer_idx = place
+                setattr(module, "layer_idx", place)  # noqa: B010
     _take_config(model, config)
 
 
@@ -89,7 +89,7 @@ def _take_config(model: Any, config: Any) -> None:
     """Changes the configs that the model's parts hold, which are shared and may be copies."""
     pruned = config.get_text_config()
     for module in model.modules():
-        own = getattr(module, "config", None)
+        own: Any = getattr(module, "config", None)
         text = own.get_text_config() if hasattr(own, "get_text_config") else None
         if type(text) is type(pruned):
             vars(text).update(copy.deepcopy(vars(pruned)))
