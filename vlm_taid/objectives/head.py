@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InputError
+from .products import TILE
 
 
 def redirected(wrapper: nn.Module, module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
@@ -91,7 +92,12 @@ class Head:
 
         def errors(hidden_TH: Tensor) -> list[float]:
             size = own_TV.abs().max().clamp_min(1e-6)
-            return [float((form(hidden_TH) - own_TV).abs().max() / size) for form in forms]
+            tiles = [slice(start, start + TILE) for start in range(0, own_TV.shape[-1], TILE)]  # no whole fp32 copy
+
+            def error(form: Head, tile: slice) -> float:
+                return float((replace(form, columns=tile)(hidden_TH) - own_TV[:, tile]).abs().max() / size)
+
+            return [max(error(form, tile) for tile in tiles) for form in forms]
 
         amplify = 3.0 * (softcap or 10.0)
         hidden_TH, own_TV = _own_logits(model, amplify)
