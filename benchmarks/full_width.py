@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -155,7 +156,7 @@ def write_vlm(folder: Path, divide: int) -> dict[str, Any]:
     for seed, (name, size) in enumerate(sizes.items()):
         write_model(internvl(*size, len(tokenizer), image_id), folder / name, seed)
         processor.save_pretrained(folder / name)
-    Image.effect_noise((896, 448), 80).convert("RGB").save(folder / "picture.png")  # two tiles and a thumbnail
+    Image.effect_noise((448, 448), 80).convert("RGB").save(folder / "picture.png")  # a tile
     part = {"type": "image", "image": "picture.png"}
     rows = [
         {
@@ -174,7 +175,7 @@ def write_rows(file: Path, rows: list[dict[str, Any]]) -> dict[str, str]:
     return {"path": str(file)}
 
 
-def write_overrides(folder: Path, data: dict[str, Any], optim: str) -> Path:
+def write_overrides(folder: Path, data: dict[str, Any], optim: str) -> None:
     """What differs from the recipe: paths, ZeRO-3, all of the student in bf16, few and short rows."""
     engine = {"zero_optimization": ZERO, "zero_allow_untested_optimizer": True, "bf16": BF16}
     automatic = ("gradient_clipping", "gradient_accumulation_steps", "train_batch_size")
@@ -191,7 +192,6 @@ def write_overrides(folder: Path, data: dict[str, Any], optim: str) -> Path:
         },
     }  # fmt: skip
     (folder / "overrides.yaml").write_text(yaml.safe_dump(overrides))
-    return folder / "overrides.yaml"
 
 
 # -- in each rank --------------------------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ def main() -> None:
     parser.add_argument("--divide", type=int, default=1, help="divide the decoders' widths, to try the script")
     parser.add_argument("--optim", default="adamw_torch", help="training.optim (default: adamw_torch)")
     parser.add_argument("--floor", type=float, default=1.0, help="GiB that must stay free (default: 1)")
-    parser.add_argument("--folder", type=Path, help="keep models and run here; default: a folder that is removed")
+    parser.add_argument("--folder", type=Path, help="keep models and run here, and use models that are here again")
     given = parser.parse_args()
     sys.path.insert(0, str(ROOT / "data"))
     with tempfile.TemporaryDirectory() as scratch:
@@ -321,11 +321,20 @@ def main() -> None:
         measure(folder, ROOT / "configs" / f"{recipe}.yaml", given)
 
 
-def measure(folder: Path, recipe: Path, given: argparse.Namespace) -> None:
+def prepare(folder: Path, given: argparse.Namespace) -> None:
     for name in ("student", "teacher"):
         (folder / name).mkdir(parents=True)
     write = write_llm if given.pair == "llm" else write_vlm
-    overrides = write_overrides(folder, write(folder, given.divide), given.optim)
+    write_overrides(folder, write(folder, given.divide), given.optim)
+
+
+def measure(folder: Path, recipe: Path, given: argparse.Namespace) -> None:
+    overrides = folder / "overrides.yaml"
+    if not overrides.exists():
+        prepare(folder, given)
+    for old in folder.glob("masses*"):
+        old.unlink()
+    shutil.rmtree(folder / "run", ignore_errors=True)
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--module", "benchmarks.full_width"]
     command = [*launcher, "distill", "--config", str(recipe), "--config", str(overrides)]
     environment = os.environ | {
