@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from transformers import AutoModelForImageTextToText, TrainerState
 
 from tests import families, runs
@@ -108,6 +109,29 @@ def test_other_cards_are_left_alone(root, run):
     (other / "README.md").write_text("---\n- no mapping\n---\n")
     with pytest.raises(InputError, match="front matter"):
         add_scores(other, results)
+
+
+def test_scores_on_texts_are_the_hubs_model_index(tmp_path):
+    """The card of a language student: every number has what the hub's own reader of model-index asks for."""
+    from tests.evaluation.test_measures import text
+
+    results = text("student", 1)
+    results.data["configs"]["leads"]["dataset"] = {"path": "/here/leads.jsonl"}
+    card = "---\npipeline_tag: text-generation\ntags: [vlm-taid]\nmodel_name: student\n---\n# Student\n"
+    (tmp_path / "README.md").write_text(card)
+    assert add_scores(tmp_path, results) == tmp_path / "README.md"
+    written = ModelCard.load(tmp_path / "README.md")
+    name, found = model_index_to_eval_results(eval_results_to_model_index("student", written.data.eval_results))
+    assert name == "student" and [one.metric_type for one in found] == ["byte_perplexity", "kl", "top1_agreement"]
+    numbers = results.data["results"]["leads"]
+    values = [one.metric_value for one in found]
+    scales = {"byte_perplexity": 1, "kl": 1, "top1_agreement": 100}
+    assert values == [round(scale * numbers[f"{metric},none"], 3) for metric, scale in scales.items()]
+    assert {one.task_type for one in found} == {"text-generation"} and found[1].metric_args["teacher"] == "big"
+    assert "/here" not in (tmp_path / "README.md").read_text()
+    assert f"| leads | kl |  | {values[1]:.3f} ± " in written.text
+    results.data["config"]["limit"] = 3
+    assert add_scores(tmp_path, results) is None
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 
 from vlm_taid.errors import InputError
+from vlm_taid.evaluation.measures import Measure, measures
 from vlm_taid.evaluation.results import Results
 
 TAG = "vlm-taid"  # in a card's tags: the card was written by this package
@@ -47,14 +48,14 @@ def add_scores(folder: str | Path, results: Results) -> Path | None:
         return None
     kept = {(one.dataset_name, one.metric_type): one for one in card.data.eval_results or []}
     whole = [
-        task
-        for task, found in results.data["results"].items()
-        if _is_whole(found) and results.score(task).value is not None
+        measure
+        for measure in measures(results)
+        if _is_whole(results.data["results"][measure.task]) and measure.of(results).value is not None
     ]
     if not whole:
         return None
-    for task in whole:
-        one = _eval_result(results, task, card.data.pipeline_tag or "image-text-to-text")
+    for measure in whole:
+        one = _eval_result(results, measure, card.data.pipeline_tag or "image-text-to-text")
         kept[one.dataset_name, one.metric_type] = one
     card.data.eval_results = list(kept.values())
     card.data.model_name = card.data.model_name or path.resolve().parent.name
@@ -71,34 +72,37 @@ def _is_whole(found: dict[str, Any]) -> bool:
     return not found["n_errors"] and not found.get("n_unjudged")
 
 
-def _eval_result(results: Results, task: str, kind: str) -> EvalResult:
-    score, config = results.score(task), results.data["configs"][task]
+def _eval_result(results: Results, measure: Measure, kind: str) -> EvalResult:
+    score, config = measure.of(results), results.data["configs"][measure.task]
     assert score.value is not None, "a task that is not whole has no place in a card"
-    source = config["dataset"]
-    path = source["path"]
-    about: dict[str, Any] = {"rows": score.count, "prompt_style": config["prompt_style"]}
+    source, name = config["dataset"], config["metric"] if measure.main else measure.metric
+    path, scale = source["path"], 100 if score.percent else 1
+    about: dict[str, Any] = {"rows": score.count}
+    about |= {key: config[key] for key in ("prompt_style", "max_length", "stride") if key in config}
+    if measure.teacher is not None:
+        about["teacher"] = measure.teacher
     if score.stderr is not None:
-        about["stderr"] = round(100 * score.stderr, 3)
+        about["stderr"] = round(scale * score.stderr, 3)
     return EvalResult(
         task_type=kind,
         # a path of this machine says nothing elsewhere
-        dataset_type=path if hub_id(path) else task,
-        dataset_name=task,
+        dataset_type=path if hub_id(path) else measure.task,
+        dataset_name=measure.task,
         dataset_config=source.get("name"),
         dataset_split=source.get("split") if hub_id(path) else None,
-        metric_type=config["metric"],
-        metric_name=f"{config['metric']}, %",
-        metric_config=config["flavor"],
-        metric_value=round(100 * score.value, 3),
+        metric_type=name,
+        metric_name=f"{name}, %" if score.percent else name,
+        metric_config=config.get("flavor"),
+        metric_value=round(scale * score.value, 3),
         metric_args=about,
     )
 
 
 def _table(found: list[EvalResult]) -> str:
-    lines = ["| task | metric | convention | score, % | rows |", "|---|---|---|---:|---:|"]
+    lines = ["| task | metric | convention | score (shares in %) | rows |", "|---|---|---|---:|---:|"]
     for one in found:
-        about = one.metric_args or {}
-        error = f" ± {about['stderr']:.1f}" if "stderr" in about else ""
-        value, rows = f"{one.metric_value:.1f}{error}", about.get("rows", "")
+        about, digits = one.metric_args or {}, 1 if str(one.metric_name).endswith("%") else 3
+        error = f" ± {about['stderr']:.{digits}f}" if "stderr" in about else ""
+        value, rows = f"{one.metric_value:.{digits}f}{error}", about.get("rows", "")
         lines.append(f"| {one.dataset_name} | {one.metric_type} | {one.metric_config or ''} | {value} | {rows} |")
     return "\n".join(lines) + "\n"

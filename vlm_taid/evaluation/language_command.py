@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from vlm_taid.errors import InputError
+from vlm_taid.evaluation.card import add_scores
 from vlm_taid.evaluation.command import parse_pairs, process_group
 from vlm_taid.evaluation.harness import run_lm_eval
 from vlm_taid.evaluation.language import LONGEST, Reader, read_documents, text_sums
@@ -133,7 +134,8 @@ def lm_command(
         device: Torch device, or auto for the GPU if there is one.
         dtype: float32, bfloat16, float16, or auto for the saved type on a GPU and float32 on a CPU.
         limit: Only the first so many documents of each text; marked in the results.
-        output_path: Folder for results, samples and summary; nothing is written if not given.
+        output_path: Folder for results, samples and summary; nothing is written if not given. If the model is a folder
+            of vlm-taid distill, the scores on texts go into its model card too, unless limit is set.
         log_samples: Write a line for each document.
         trust_remote_code: Run Python code that comes with a model.
         lm_eval_flags: Further flags of lm-eval; on the command line, all that stands after --.
@@ -184,4 +186,6 @@ def lm_command(
             console.print(results.table())
             if output_path is not None:
                 console.print(f"results: {results.save(output_path, log_samples=log_samples)}", soft_wrap=True)
+                if (card := add_scores(model, results)) is not None:
+                    console.print(f"scores: {card}", soft_wrap=True)
         return results
