@@ -68,14 +68,15 @@ def here(recipe: Path) -> Path:
     return distill(Recipe.load(recipe))
 
 
-def command(recipe: Path, launcher: str | None, ranks: int = 2) -> list[str]:
+def command(recipe: Path, launcher: str | None, ranks: int = 2, module: str = "vlm_taid") -> list[str]:
+    """The command line; torchrun's ranks, or those of ``module`` tests.each_rank, tell what they hold."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     arguments = ["distill", "--config", str(recipe)]
     binary = Path(sys.executable).parent
     if launcher == "deepspeed":
-        told = f"--num_gpus {ranks} --master_port {port} --module vlm_taid"
+        told = f"--num_gpus {ranks} --master_port {port} --module {module}"
         return [str(binary / "deepspeed"), *told.split(), *arguments]
     if launcher == "torchrun":
         told = f"--nproc_per_node {ranks} --master_port {port} -m tests.each_rank"
@@ -83,7 +84,10 @@ def command(recipe: Path, launcher: str | None, ranks: int = 2) -> list[str]:
     return [sys.executable, "-m", "vlm_taid", *arguments]
 
 
-def launched(recipe: Path, launcher: str | None, kill_when: Callable[[], bool] | None = None, ranks: int = 2) -> Path:
+def launched(
+    recipe: Path, launcher: str | None, kill_when: Callable[[], bool] | None = None, ranks: int = 2,
+    module: str = "vlm_taid",
+) -> Path:  # fmt: skip
     """The run under a launcher (None: one process of its own); killed with SIGKILL when the condition holds.
 
     The PATH holds the environment's own commands alone: no compiler, so that nothing can need one.
@@ -92,7 +96,9 @@ def launched(recipe: Path, launcher: str | None, kill_when: Callable[[], bool] |
     extensions = str(recipe.parent / "extensions")
     environment = os.environ | {"PATH": str(Path(sys.executable).parent), "TORCH_EXTENSIONS_DIR": extensions}
     with open(log, "w") as file:
-        process = psutil.Popen(command(recipe, launcher, ranks), stdout=file, stderr=subprocess.STDOUT, env=environment)
+        process = psutil.Popen(
+            command(recipe, launcher, ranks, module), stdout=file, stderr=subprocess.STDOUT, env=environment
+        )
         end = time.monotonic() + LIMIT
         while process.poll() is None:
             if kill_when is not None and kill_when():

@@ -83,6 +83,8 @@ def test_packed_is_padded(name, tmp_path, monkeypatch):
     for kind in ("padded", "packed"):
         file = runs.recipe_file(tmp_path / f"{kind}.yaml", student, teacher, data, **more)
         overrides = ["--data.max_length", str(length), "--data.packing", "true" if kind == "packed" else "false"]
+        if kind == "packed" and name in ("llava", "two streams"):
+            overrides += ["--training.gradient_checkpointing", "true"]
         if name == "text":
             overrides += ["--data.train", json.dumps([{"path": data, "format": "text"}])]
         made[kind] = distill(Recipe.load(file, overrides))
@@ -99,6 +101,30 @@ def test_packed_is_padded(name, tmp_path, monkeypatch):
         == (refused[1]["DistillationState"]["attributes"]["refused"])
     )
     assert list(packed.glob("lengths-*.npy"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_packed_under_zero_is_padded_in_one_process(stage, tmp_path):
+    student = families.FAMILIES["llava"](tmp_path / "student", seed=1, width=16)
+    teacher, data = families.FAMILIES["llava"](tmp_path / "teacher"), ragged(tmp_path / "data")
+    more = {"optim": "sgd", "learning_rate": 0.5, "max_steps": 3, "train_sampling_strategy": "sequential"}
+    reference = runs.here(
+        runs.recipe_file(tmp_path / "padded.yaml", student, teacher, data, per_device_train_batch_size=8, **more)
+    )
+    more |= {"deepspeed": runs.deepspeed_config(stage), "gradient_checkpointing": True}
+    file = runs.recipe_file(
+        tmp_path / "packed.yaml", student, teacher, data, zero_stage=3 * (stage == 3), per_device_train_batch_size=2,
+        **more,
+    )  # fmt: skip
+    Recipe.load(file, ["--data.packing", "true", "--data.max_length", "70"]).save(file)  # four packs
+    run = runs.launched(file, "deepspeed")
+    keys = ("loss", "kl", "t", "answer_tokens")
+    logs = runs.metrics(run, *keys), runs.metrics(reference, *keys)
+    assert len(logs[0]) == 3
+    for ours, theirs in zip(*logs, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    assert runs.update_off(run, reference, student) < 1e-5
 
 
 def test_a_family_that_does_not_pack_is_refused_by_name(tmp_path):

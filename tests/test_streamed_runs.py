@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 
 import pytest
@@ -83,6 +84,19 @@ def test_sigterm_saves_at_the_exact_row(recipe, monkeypatch, capsys):
     assert newest_whole(run) == run / "checkpoint-6" and not (run / "complete.json").exists()
     monkeypatch.undo()
     equal(runs.here(stopped), reference)
+
+
+@pytest.mark.slow
+def test_killed_on_two_ranks(recipe):
+    more = {"max_steps": 24, "dataloader_num_workers": 1}
+    reference = runs.launched(recipe("whole", **more), "torchrun")
+    killed = recipe("killed", **more)
+    run, step = runs.output_of(killed), random.SystemRandom().randint(5, 19)
+    reached = lambda: (run / "metrics.jsonl").is_file() and len(runs.metrics(run, "loss")) >= step  # noqa: E731
+    runs.launched(killed, "torchrun", kill_when=reached)
+    assert not (run / "complete.json").exists() and newest_whole(run) is not None
+    runs.launched(killed, "torchrun")
+    equal(run, reference)
 
 
 def test_what_does_not_go_with_a_stream_is_said(recipe):
