@@ -19,6 +19,7 @@ USAGE = """vlm-taid COMMAND ...
   eval run  --model PATH --tasks NAMES | --data NAME=FILE     score a model on benchmarks or on VQA files
   eval score --predictions FILE [--task NAME]                 score saved answers anew, without the model
   eval compare RESULTS ...                                    models in rows, tasks in columns, paired differences
+  eval export --samples FILE --output FILE.tsv                answers in the columns of VLMEvalKit
   eval tasks                                                  the benchmarks that come with it
   eval lm   --model PATH --data NAME=FILE [--teacher PATH]    perplexity on held-out text, KL to a teacher
   eval lm   --model PATH --tasks arc_easy,... [-- FLAGS]      tasks of lm-eval, with its flags

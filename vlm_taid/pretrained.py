@@ -40,7 +40,11 @@ class ModelOptions:
 
 
 def load_processor(
-    path: str | Path, *, trust_remote_code: bool = False, image_settings: Mapping[str, Any] | None = None
+    path: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    image_settings: Mapping[str, Any] | None = None,
+    revision: str | None = None,
 ) -> Any:
     """The processor of a model, or its tokenizer where there is no processor.
 
@@ -48,20 +52,26 @@ def load_processor(
         path: folder or hub id.
         trust_remote_code: run code that comes with it.
         image_settings: settings of the image processor over the saved ones.
+        revision: branch, tag or commit of a hub id; None: its main.
 
     Raises:
         InputError: neither can be loaded, or the image processor does not have such a setting.
     """
     check_folder(path)
     try:
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+        settings = _settings(trust_remote_code, revision)
+        processor = AutoProcessor.from_pretrained(path, **settings)
         if not isinstance(processor, ProcessorMixin):
-            processor = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+            processor = AutoTokenizer.from_pretrained(path, **settings)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no processor or tokenizer can be loaded: {_first_line(error)}") from error
+        raise InputError(f"{path}: no processor or tokenizer can be loaded: {first_line(error)}") from error
     if image_settings:
         _set_images(path, processor, image_settings)
     return processor
+
+
+def _settings(trust_remote_code: bool, revision: str | None) -> dict[str, Any]:
+    return {"trust_remote_code": trust_remote_code} | ({} if revision is None else {"revision": revision})
 
 
 def _set_images(path: str | Path, processor: Any, settings: Mapping[str, Any]) -> None:
@@ -84,14 +94,15 @@ def _set_images(path: str | Path, processor: Any, settings: Mapping[str, Any]) -
     try:
         processor.image_processor = type(images)(**{**saved, **settings})
     except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: {type(images).__name__} refuses {dict(settings)}: {_first_line(error)}") from error
+        raise InputError(f"{path}: {type(images).__name__} refuses {dict(settings)}: {first_line(error)}") from error
 
 
-def load_model(options: ModelOptions, **more: Any) -> PreTrainedModel:
+def load_model(options: ModelOptions, *, revision: str | None = None, **more: Any) -> PreTrainedModel:
     """The model, by AutoModelForImageTextToText where its family has one, else by AutoModelForCausalLM.
 
     Args:
         options: ModelOptions.
+        revision: branch, tag or commit of a hub id; None: its main.
         more: further arguments of from_pretrained.
 
     Raises:
@@ -99,7 +110,7 @@ def load_model(options: ModelOptions, **more: Any) -> PreTrainedModel:
     """
     check_folder(options.path)
     check_weights(options.path)
-    settings: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
+    settings = _settings(options.trust_remote_code, revision)
     try:
         config = AutoConfig.from_pretrained(options.path, **settings)
         is_vlm = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -116,7 +127,7 @@ def load_model(options: ModelOptions, **more: Any) -> PreTrainedModel:
             **more,
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise InputError(f"{options.path}: the model cannot be loaded: {_first_line(error)}") from error
+        raise InputError(f"{options.path}: the model cannot be loaded: {first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise InputError(
             f"{options.path}: the weights lack {len(missing)} tensors of the model, the first is {missing[0]}: "
@@ -187,5 +198,6 @@ def vision_towers(model: PreTrainedModel) -> list[PreTrainedModel]:
     return towers
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its name if it has none."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -213,6 +213,22 @@ def test_tasks_are_listed(capsys, monkeypatch):
     for name in TASKS:
         assert name in printed
     assert "open_vlm_leaderboard" in printed and "lmms: mme_lmms" in printed
+    assert "columns: image, question, options, answer, index" in printed  # MMBench
+    assert "columns: imageId, question, answer " in printed  # GQA
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_columns_listed_are_there(name, files):
+    """What `eval tasks` says is needed stands in the benchmark's own columns, under our names for them."""
+    task = shipped_tasks()[name]
+    row = task.build(files[name][0]).rows().columns(0)[2]
+    meant = {
+        "image": {"image", "image_1", "decoded_image"},
+        "options": {"A", "options", "choices", "question"},
+        "answer": {"answer", "answers", "gt_answer"},
+    }
+    for column in task.needs:
+        assert meant.get(column, {column}) & set(row), column
 
 
 def test_the_leaderboards_average():

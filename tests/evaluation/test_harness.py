@@ -57,6 +57,7 @@ def test_what_does_not_go_together(capsys):
         (["--data", "a=b", "--tasks", "c"], "one of the two"),
         (["--tasks", "c", "--teacher", "d"], "with --data alone"),
         (["--data", "a=b", "--", "--seed", "1"], "--seed stands after --"),
+        (["--data", "a=b", "--model_args", "dtyp=x"], "--model_args: unknown key 'dtyp'"),
     ):
         assert main(["eval", "lm", "--model", "m", *words]) == 2
         assert message in capsys.readouterr().err

@@ -40,6 +40,12 @@ def test_flavors_of_the_same_question(metric, prediction, references, expected):
     assert score(metric, prediction, references) == pytest.approx(expected)
 
 
+def test_yes_and_no():
+    rows = [("Yes, it is.", {}, ["yes"]), ("no", {}, ["No"]), ("yes and no", {}, ["yes"]), ("no", {}, ["yes"])]
+    found = summary(lines("yesno", *rows), "yesno")
+    assert found["accuracy,none"] == 0.5 and found["n_unparsed"] == 1
+
+
 def test_a_number_is_an_index_or_an_option():
     counts = {"options": ["1", "2", "3", "4"], "answer": "1"}  # AI2D: the second option
     assert references_of(counts, "row", choice=True) == ["B"]

@@ -12,6 +12,7 @@ from vlm_taid.evaluation.comparison import (
     discordant,
     paired_test,
 )
+from vlm_taid.evaluation.export import export_command
 from vlm_taid.evaluation.gallery import save_grid
 from vlm_taid.evaluation.language_command import evaluate_text, lm_command
 from vlm_taid.evaluation.models import load
@@ -35,6 +36,7 @@ __all__ = [
     "discordant",
     "evaluate",
     "evaluate_text",
+    "export_command",
     "lm_command",
     "load",
     "metrics",

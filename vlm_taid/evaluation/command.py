@@ -16,9 +16,10 @@ from rich.table import Table
 
 from vlm_taid.errors import InputError
 from vlm_taid.evaluation.card import add_scores
+from vlm_taid.evaluation.generation import generation_options
 from vlm_taid.evaluation.groups import groups
 from vlm_taid.evaluation.judge import Judge
-from vlm_taid.evaluation.models import load
+from vlm_taid.evaluation.models import load, model_args_text, model_arguments
 from vlm_taid.evaluation.results import Results
 from vlm_taid.evaluation.runner import evaluate
 from vlm_taid.evaluation.scoring import scoring
@@ -63,6 +64,7 @@ def run_command(
     metric: str | None = None,
     flavor: Literal["official", "lmms", "vlmevalkit"] | None = None,
     prompt_style: Literal["lmms", "vlmevalkit", "none"] | None = None,
+    model_args: dict[str, str] | str | None = None,
     processor: str | None = None,
     batch_size: int = 8,
     device: str = "auto",
@@ -70,6 +72,7 @@ def run_command(
     attn_implementation: str | None = None,
     limit: int | None = None,
     max_new_tokens: int | None = None,
+    gen_kwargs: dict[str, str] | str | None = None,
     prompt: str | None = None,
     columns: dict[str, str] | str | None = None,
     image_root: str | None = None,
@@ -98,6 +101,8 @@ def run_command(
             vqa_accuracy if its first row has ten references.
         flavor: Whose convention the metrics follow, where a benchmark has several.
         prompt_style: Whose prompts are used: lmms, vlmevalkit or none; the flavor's, else the benchmark's first.
+        model_args: How the model is loaded, as dtype=bfloat16,peft=ADAPTERS: also attn_implementation, processor,
+            revision, trust_remote_code.
         processor: Where the processor lies, if not with the model.
         batch_size: Rows in a batch, for each process.
         device: Torch device, or auto for the GPU if there is one.
@@ -105,6 +110,8 @@ def run_command(
         attn_implementation: Attention of transformers (sdpa, eager, flash_attention_2, ...), or the model's own.
         limit: Only the first so many rows of each task; marked in the results.
         max_new_tokens: Longest answer, in tokens, in place of the task's; 16 for a file of one's own.
+        gen_kwargs: How answers are generated, in place of the tasks' own: max_new_tokens=32,num_beams=3, also
+            repetition_penalty and until; never by sampling.
         prompt: How the question is phrased, with {question} in it, in place of the prompt style.
         columns: Names of the file's columns, as question=q,answers=a.
         image_root: The folder that image paths start from; the file's own if not given.
@@ -115,7 +122,8 @@ def run_command(
         shuffle_images: Give each question the picture of another row, to see how much the answers use it.
         seed: Seed of that shuffling.
         output_path: Folder for results, samples and summary; nothing is written if not given. If the model is a folder
-            of vlm-taid distill, the scores go into its model card too, unless limit or shuffle_images is set.
+            of vlm-taid distill, the scores go into its model card too, unless it was evaluated with limit,
+            shuffle_images or adapters.
         log_samples: Write a line for each answer, which the report and eval score need.
         resume: Go on with a run into the same output_path that was killed.
         trust_remote_code: Run Python code that comes with the model.
@@ -128,6 +136,16 @@ def run_command(
     """
     if resume and output_path is None:
         raise InputError("--resume needs the --output_path of the run to go on with")
+    loading = _together(
+        model_arguments(parse_pairs(model_args or {}, "model_args")),
+        "model_args",
+        processor=processor,
+        dtype=None if dtype == "auto" else dtype,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code or None,
+    )
+    words = parse_pairs(gen_kwargs or {}, "gen_kwargs")
+    generation = _together(generation_options(words, "--gen_kwargs"), "gen_kwargs", max_new_tokens=max_new_tokens)
     chosen = chosen_tasks(
         tasks,
         parse_pairs(data or {}, "data"),
@@ -136,20 +154,14 @@ def run_command(
         prompt_style=prompt_style,
         prompt=prompt,
         metric=metric,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=generation.pop("max_new_tokens", None),
+        generation=generation,
         columns=parse_pairs(columns or {}, "columns"),
         image_root=image_root,
     )
     judge = make_judge(judge_url, judge_model, output_path)
     with process_group() as first:
-        loaded, loaded_processor = load(
-            model,
-            processor=processor,
-            dtype=dtype,
-            device=device,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-        )
+        loaded, loaded_processor = load(model, device=device, **loading)
         results = evaluate(
             loaded,
             loaded_processor,
@@ -165,14 +177,26 @@ def run_command(
             output_path=output_path,
             resume=resume,
         )
+        results.data["config"] |= {
+            "model_args": model_args_text(model, loading),
+            "gen_kwargs": words or None,
+        }
         if first:
             console = Console()
             console.print(results.table())
             if output_path is not None:
                 console.print(f"results: {results.save(output_path, log_samples=log_samples)}", soft_wrap=True)
-                if (card := add_scores(model, results)) is not None:
+                if "peft" not in loading and (card := add_scores(model, results)) is not None:
                     console.print(f"scores: {card}", soft_wrap=True)
         return results
+
+
+def _together(words: dict[str, Any], option: str, **options: Any) -> dict[str, Any]:
+    """The words of an option and the options that mean the same; InputError names what is given by both."""
+    given = {key: value for key, value in options.items() if value is not None}
+    if twice := sorted(set(words) & set(given)):
+        raise InputError(f"--{option} {twice[0]}={words[twice[0]]} and --{twice[0]}: give one of the two")
+    return words | given
 
 
 def chosen_tasks(
@@ -214,7 +238,7 @@ def make_judge(url: str | None, model: str | None, output_path: str | None) -> J
 
 
 def tasks_command(include_path: str | None = None) -> None:
-    """Lists the benchmarks: metrics by flavor, the default first, and whether a judge is needed.
+    """Lists the benchmarks: metrics by flavor, the default first, the columns needed, and whether a judge is.
 
     Args:
         include_path: A task file of one's own (YAML), or a folder of them, to be listed too.
@@ -222,12 +246,12 @@ def tasks_command(include_path: str | None = None) -> None:
     Raises:
         InputError: a task file cannot be read.
     """
-    table = Table("task", "what it is, and its metric by flavor", "judge", show_lines=True)
+    table = Table("task", "what it is, its metric by flavor, its columns", "judge", show_lines=True)
     table.columns[0].no_wrap = True
     for name, task in sorted(known_tasks(include_path).items()):
         metrics = ", ".join(f"{flavor}: {metric}" for flavor, metric in task.flavors.items())
         judge = {None: "", "grade": "needed", "extract": "for some"}[scoring(task.metric or "exact_match").judge]
-        table.add_row(name, f"{task.description}\n{metrics}", judge)
+        table.add_row(name, f"{task.description}\n{metrics}\ncolumns: {', '.join(task.needs)}", judge)
     console = Console()
     console.print(table)
     for name, group in groups().items():

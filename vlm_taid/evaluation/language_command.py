@@ -14,7 +14,7 @@ from vlm_taid.evaluation.command import parse_pairs, process_group
 from vlm_taid.evaluation.harness import run_lm_eval
 from vlm_taid.evaluation.language import LONGEST, Reader, read_documents, text_sums
 from vlm_taid.evaluation.language_results import LOWER_IS_BETTER, TextResults, text_results, text_samples
-from vlm_taid.evaluation.models import load
+from vlm_taid.evaluation.models import load, model_args_text, model_arguments
 from vlm_taid.evaluation.results import Results, versions
 
 
@@ -108,6 +108,7 @@ def lm_command(
     columns: dict[str, str] | str | None = None,
     max_length: int | None = None,
     stride: int | None = None,
+    model_args: dict[str, str] | str | None = None,
     batch_size: int = 8,
     device: str = "auto",
     dtype: str = "auto",
@@ -130,6 +131,7 @@ def lm_command(
         columns: Name of the files' column, as text=content.
         max_length: Tokens that a model reads at once; if not given 2,048, or what the models allow if that is less.
         stride: Tokens from one window to the next within a document; if not given max_length, so none is read twice.
+        model_args: How the model alone is loaded, as in eval run; with --tasks they go to lm-eval as they are.
         batch_size: Windows in a batch, for each process.
         device: Torch device, or auto for the GPU if there is one.
         dtype: float32, bfloat16, float16, or auto for the saved type on a GPU and float32 on a CPU.
@@ -146,16 +148,17 @@ def lm_command(
     Raises:
         InputError: something given cannot be used; see `load`, `evaluate_text` and `run_lm_eval`.
     """
-    files = parse_pairs(data or {}, "data")
+    files, words = parse_pairs(data or {}, "data"), parse_pairs(model_args or {}, "model_args")
     if bool(files) == bool(tasks):
         raise InputError("give one of the two: --data NAME=FILE for texts, or --tasks NAMES for tasks of lm-eval")
     if tasks:
         if teacher or columns or max_length or stride:
             raise InputError("--teacher, --columns, --max_length and --stride are read with --data alone")
+        own = ["--model_args", ",".join(f"{key}={value}" for key, value in words.items())] if words else []
         run_lm_eval(
             model,
             tasks,
-            lm_eval_flags,
+            [*own, *lm_eval_flags],
             batch_size=batch_size,
             device=device,
             dtype=dtype,
@@ -168,9 +171,10 @@ def lm_command(
     if lm_eval_flags:
         raise InputError(f"{lm_eval_flags[0]} stands after --, which is read with --tasks alone")
     options: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    loading = options | model_arguments(words)
     with process_group() as first:
-        student, other = (None if path is None else Reader(*load(path, **options), path) for path in (model, teacher))
-        assert student is not None
+        student = Reader(*load(model, **loading), model)
+        other = None if teacher is None else Reader(*load(teacher, **options), teacher)
         results = evaluate_text(
             student,
             files,
@@ -181,6 +185,7 @@ def lm_command(
             batch_size=batch_size,
             limit=limit,
         )
+        results.data["config"]["model_args"] = model_args_text(model, words)
         if first:
             console = Console()
             console.print(results.table())

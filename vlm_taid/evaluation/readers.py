@@ -7,15 +7,14 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal
 
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vlm_taid.data.conversation import Conversation
-from vlm_taid.data.templates import left_out_begin
 from vlm_taid.errors import BadRow, InputError
+from vlm_taid.evaluation.generation import padded, rendered
 from vlm_taid.evaluation.rows import Rows
 from vlm_taid.evaluation.tasks import Task
 
@@ -95,6 +94,14 @@ def other_images(rows: Sequence[Conversation], order: Sequence[int], doc_id: int
     raise InputError("shuffle_images: all rows show the same picture, there is no other one to take")
 
 
+def batches_of(rows: Sequence[Row], batch_size: int) -> Iterator[list[Row]]:
+    """The rows by the length of their prompts, longest first; a batch's rows all have pictures or all have none."""
+    longest_first = sorted(rows, key=lambda row: -len(row.prompt))
+    for some in ([row for row in longest_first if row.images], [row for row in longest_first if not row.images]):
+        for start in range(0, len(some), batch_size):
+            yield some[start : start + batch_size]
+
+
 class PromptBatches(IterableDataset):
     """Model inputs, batch by batch: rows read, prompts rendered, pictures processed, left-padded.
 
@@ -125,7 +132,6 @@ class PromptBatches(IterableDataset):
         self.task, self.rows, self.doc_ids, self.on_error = task, rows, doc_ids, on_error
         self.processor, self.batch_size = processor, batch_size
         self.order = None if shuffle_seed is None else other_rows(len(rows), shuffle_seed)
-        self.multimodal = hasattr(processor, "tokenizer")
 
     def __iter__(self) -> Iterator[tuple[list[Row], Any] | InputError]:
         worker = get_worker_info()
@@ -148,19 +154,15 @@ class PromptBatches(IterableDataset):
                 if self.on_error == "stop":
                     raise
                 yield [Row.failed(doc_id, str(error))], None
-        read.sort(key=lambda row: -len(row.prompt))
-        for rows in ([row for row in read if row.images], [row for row in read if not row.images]):
-            for start in range(0, len(rows), self.batch_size):
-                batch = rows[start : start + self.batch_size]
-                inputs = self._inputs(batch)
-                for row in batch:
-                    row.images = []
-                yield batch, inputs
+        for batch in batches_of(read, self.batch_size):
+            inputs = padded(self.processor, [row.prompt for row in batch], [row.images for row in batch])
+            for row in batch:
+                row.images = []
+            yield batch, inputs
 
     def _row(self, doc_id: int) -> Row:
         conversation = self.rows[doc_id]
-        if conversation.images and not self.multimodal:
-            raise BadRow(conversation.row, "has a picture, but the model reads text only")
+        prompt = rendered(self.processor, conversation)
         references = self.task.references(conversation.fields, conversation.row)
         images, image_from = conversation.images, None
         if images and self.order is not None:
@@ -171,26 +173,7 @@ class PromptBatches(IterableDataset):
             doc={**conversation.fields, "image": [image_sha256(image) for image in conversation.images]},
             references=references,
             category=None if category is None else str(category),
-            prompt=self._prompt(conversation),
+            prompt=prompt,
             images=images,
             image_from=image_from,
         )
-
-    def _prompt(self, conversation: Conversation) -> str:
-        messages = conversation.messages(structured=self.multimodal)
-        try:
-            prompt = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template may refuse a row, and says so by any of jinja's errors
-            raise BadRow(conversation.row, f"the chat template cannot phrase it: {error}") from error
-        begin = left_out_begin(self.processor)
-        return prompt if prompt.startswith(begin) else begin + prompt
-
-    def _inputs(self, batch: Sequence[Row]) -> Any:
-        # the prompt has its special tokens, the begin of text too
-        process = partial(
-            self.processor, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
-        )
-        texts = [row.prompt for row in batch]
-        if batch[0].images:
-            return process(text=texts, images=[row.images for row in batch])
-        return process(text=texts)

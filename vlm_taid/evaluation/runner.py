@@ -1,7 +1,4 @@
-"""Runs a model over tasks: greedy answers, sharded over ranks, scored.
-
-Legend of shapes: B rows, A new tokens.
-"""
+"""Runs a model over tasks: greedy answers, sharded over ranks, scored."""
 
 from __future__ import annotations
 
@@ -16,55 +13,16 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from vlm_taid.errors import InputError
+from vlm_taid.evaluation.generation import Generation, generate, stop_tokens
 from vlm_taid.evaluation.journal import Journal
 from vlm_taid.evaluation.judge import Judge, judged
 from vlm_taid.evaluation.readers import PromptBatches, Row
 from vlm_taid.evaluation.results import Results, folder_of, sample_line, versions
 from vlm_taid.evaluation.scoring import scoring
 from vlm_taid.evaluation.tasks import Task
-
-
-def stop_tokens(model: PreTrainedModel, tokenizer: Any) -> list[int]:
-    """Token ids that end an answer: the generation config's, and the tokenizer's end of text."""
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ids = configured if isinstance(configured, list) else [configured]
-    return sorted({int(token) for token in [*ids, tokenizer.eos_token_id] if token is not None})
-
-
-def _generation_config(tokenizer: Any, stops: list[int], max_new_tokens: int) -> GenerationConfig:
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
-    # Greedy whatever the model's own generation config says: what is None here would be filled in from there.
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        eos_token_id=stops,
-        pad_token_id=pad,
-    )
-
-
-def _generate(
-    model: PreTrainedModel, tokenizer: Any, inputs: Any, config: GenerationConfig, stops: set[int]
-) -> list[tuple[str, int]]:
-    """The rows' answers and how many tokens each took, the end of turn included."""
-    inputs = inputs.to(model.device)
-    for name, tensor in inputs.items():
-        if torch.is_floating_point(tensor):
-            inputs[name] = tensor.to(model.dtype)
-    ids_BA = model.generate(**inputs, generation_config=config)[:, inputs["input_ids"].shape[1] :]  # pyright: ignore
-    answers = []
-    for ids_A in ids_BA.tolist():
-        end = next((position for position, token in enumerate(ids_A) if token in stops), len(ids_A))
-        text = tokenizer.decode(ids_A[:end], skip_special_tokens=True)
-        answers.append((text, min(end + 1, len(ids_A))))
-    return answers
 
 
 def _world() -> tuple[int, int]:
@@ -94,7 +52,7 @@ class _Answerer:
         self.tokens = 0
 
     def answers(
-        self, task: Task, batches: PromptBatches, rows: list[Row], inputs: Any, config: GenerationConfig
+        self, task: Task, batches: PromptBatches, rows: list[Row], inputs: Any, generation: Generation
     ) -> list[tuple[Row, str]]:
         """Rows with their answers; a row that failed comes with its error and an empty answer.
 
@@ -104,7 +62,7 @@ class _Answerer:
         if inputs is None:
             return [(row, "") for row in rows]
         try:
-            found = _generate(self.model, self.tokenizer, inputs, config, set(self.stops))
+            found = generate(self.model, self.tokenizer, inputs, generation, self.stops)
         except Exception as error:  # whatever a model's code raises
             reason = f"the model failed: {type(error).__name__}: {str(error).strip()[:500]}"
             if not self.record:
@@ -114,7 +72,7 @@ class _Answerer:
             if len(rows) == 1:
                 return [(Row.failed(rows[0].doc_id, reason), "")]
             single = [batch for row in rows for batch in batches.window([row.doc_id])]
-            return [pair for one, its in single for pair in self.answers(task, batches, one, its, config)]
+            return [pair for one, its in single for pair in self.answers(task, batches, one, its, generation)]
         self.tokens += sum(length for _, length in found)
         return [(row, answer) for row, (answer, _) in zip(rows, found, strict=True)]
 
@@ -170,8 +128,6 @@ def evaluate(
         raise InputError(f"batch_size ({batch_size}) and limit ({limit}) must be at least 1")
     tokenizer = getattr(processor, "tokenizer", processor)
     stops = stop_tokens(model, tokenizer)
-    if not stops:
-        raise InputError(f"model {model_name}: neither its generation config nor its tokenizer names an end of turn")
     rank, world_size = _world()
     tasks = [task.with_metric() for task in tasks]
     name = model_name or getattr(model, "name_or_path", "") or type(model).__name__
@@ -202,7 +158,7 @@ def evaluate(
             batches = PromptBatches(
                 task, rows, doc_ids, processor, batch_size, seed if shuffle_images else None, on_error
             )
-            config = _generation_config(tokenizer, stops, task.max_new_tokens)
+            generation = task.generated()
             if journal is not None:
                 journal.start(task.name, rank, lines)
             silent = rank > 0 or not progress
@@ -220,7 +176,7 @@ def evaluate(
                     if isinstance(item, InputError):
                         raise item
                     batch, inputs = item
-                    answers = answerer.answers(task, batches, batch, inputs, config)
+                    answers = answerer.answers(task, batches, batch, inputs, generation)
                     new = [sample_line(row, answer, task) for row, answer in answers]
                     if journal is not None:
                         journal.add(new)

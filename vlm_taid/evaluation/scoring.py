@@ -34,6 +34,7 @@ class Scoring:
         totals: lines -> more numbers, one of them called ``main`` if it, and not the mean, is the task's score.
         choice: rows with options are multiple choice: the reference is the right letter.
         judge: what a judge must do where ``read`` gives no score: grade the answer, or extract its final answer.
+        columns: what it reads of a row beside the question's and the answer's columns.
     """
 
     read: Callable[[str, Row, Sequence[str]], Read]
@@ -42,6 +43,7 @@ class Scoring:
     totals: Callable[[Sequence[Line]], Totals] | None = None
     choice: bool = False
     judge: Literal["grade", "extract"] | None = None
+    columns: tuple[str, ...] = ()
 
 
 def _text(name: str) -> Scoring:
@@ -59,7 +61,7 @@ def _ocrbench(flavor: str) -> Scoring:
         formula = bool({str(row.get(column)) for column in ("dataset", "question_type", "category")} & FORMULAS)
         return answer or None, score("ocrbench", answer, references, hme=formula, flavor=flavor)
 
-    return Scoring(read, "lmms-0.7.3" if flavor == "lmms" else flavor)
+    return Scoring(read, "lmms-0.7.3" if flavor == "lmms" else flavor, columns=("question_type",))
 
 
 def _choice(letter_of: Callable[[str, dict[str, str]], str | None], flavor: str, **more: Any) -> Scoring:
@@ -151,7 +153,7 @@ def _pope(flavor: Literal["official", "vlmevalkit", "lmms"]) -> Scoring:
         found["mean_f1"] = statistics.fmean(f1)  # over random, popular and adversarial, as papers give it
         return found | {"main": found[{"official": "mean_f1", "vlmevalkit": "f1", "lmms": "accuracy"}[flavor]]}
 
-    return Scoring(read, "lmms-0.7.3" if flavor == "lmms" else flavor, "right", totals)
+    return Scoring(read, "lmms-0.7.3" if flavor == "lmms" else flavor, "right", totals, columns=("category",))
 
 
 def _picture(line: Line) -> str:
@@ -184,7 +186,9 @@ def _mme(flavor: Literal["vlmevalkit", "lmms"]) -> Scoring:
         # of 2,800 points, so that the table's percent are the leaderboard's points / 28
         return found | {"main": None if parts[0] is None or parts[1] is None else (parts[0] + parts[1]) / 2800}
 
-    return Scoring(read, "lmms-0.7.3" if flavor == "lmms" else flavor, "right", totals)
+    return Scoring(
+        read, "lmms-0.7.3" if flavor == "lmms" else flavor, "right", totals, columns=("category", "question_id")
+    )
 
 
 def _hallusion_ids(doc: Row) -> dict[str, Any]:
@@ -200,7 +204,7 @@ def _hallusion_ids(doc: Row) -> dict[str, Any]:
     return dict(zip(names, fields[3:6], strict=True))
 
 
-def _hallusion_read(answer: str, row: Row, references: Sequence[str]) -> Read:
+def _yes_no(answer: str, row: Row, references: Sequence[str]) -> Read:
     label = yesno.yesno_vlmevalkit(answer).lower()
     right = references[0].strip().lower()
     return None if label == "unknown" else label, float(label == {"1": "yes", "0": "no"}.get(right, right))
@@ -232,7 +236,8 @@ def _mathvista(flavor: str) -> Scoring:
         value = score("mathvista_rule", answer, [mathvista_problem(row, references)], flavor=flavor)
         return answer or None, value
 
-    return Scoring(read, "lmms-0.7.3" if flavor == "lmms" else flavor, judge="extract")
+    whose, columns = "lmms-0.7.3" if flavor == "lmms" else flavor, ("question_type", "answer_type", "precision")
+    return Scoring(read, whose, judge="extract", columns=columns)
 
 
 def _graded(answer: str, row: Row, references: Sequence[str]) -> Read:
@@ -247,9 +252,9 @@ SCORINGS: dict[str, Scoring] = {
     "mcq_lmms": _choice(choice.mcq_lmms, "lmms-0.7.3"),
     "scienceqa": _whole("scienceqa"),
     "ai2d": _whole("ai2d"),
-    "mmbench_circular": _choice(choice.mcq_vlmevalkit, "vlmevalkit", totals=_circular),
-    "mmbench_circular_lmms": _choice(choice.mcq_lmms, "lmms-0.7.3", totals=_circular),
-    "mmstar_lmms": _choice(choice.mcq_lmms, "lmms-0.7.3", totals=_mmstar_lmms),
+    "mmbench_circular": _choice(choice.mcq_vlmevalkit, "vlmevalkit", totals=_circular, columns=("index",)),
+    "mmbench_circular_lmms": _choice(choice.mcq_lmms, "lmms-0.7.3", totals=_circular, columns=("index",)),
+    "mmstar_lmms": _choice(choice.mcq_lmms, "lmms-0.7.3", totals=_mmstar_lmms, columns=("l2_category",)),
     "mmmu": _mmmu("vlmevalkit"),
     "mmmu_lmms": _mmmu("lmms"),
     "pope_official": _pope("official"),
@@ -257,9 +262,15 @@ SCORINGS: dict[str, Scoring] = {
     "pope_lmms": _pope("lmms"),
     "mme_vlmevalkit": _mme("vlmevalkit"),
     "mme_lmms": _mme("lmms"),
-    "hallusionbench": Scoring(_hallusion_read, "vlmevalkit", totals=_hallusion_totals),
+    "hallusionbench": Scoring(
+        _yes_no,
+        "vlmevalkit",
+        totals=_hallusion_totals,
+        columns=("subcategory", "set_id", "figure_id", "question_id"),
+    ),
     "mathvista": _mathvista("vlmevalkit"),
     "mathvista_lmms": _mathvista("lmms"),
+    "yesno": Scoring(_yes_no, "vlmevalkit"),
     "judge": Scoring(_graded, "judge", "grade", judge="grade"),
 }
 

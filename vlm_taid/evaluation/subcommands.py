@@ -8,6 +8,7 @@ from itertools import pairwise
 
 from vlm_taid.errors import InputError
 from vlm_taid.evaluation.command import run_command, tasks_command
+from vlm_taid.evaluation.export import export_command
 from vlm_taid.evaluation.language_command import lm_command
 from vlm_taid.evaluation.saved import score_command
 from vlm_taid.evaluation.tables import compare_command
@@ -17,6 +18,7 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "run": run_command,
     "score": score_command,
     "compare": compare_command,
+    "export": export_command,
     "tasks": tasks_command,
     "lm": lm_command,
 }

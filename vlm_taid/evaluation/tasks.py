@@ -13,6 +13,7 @@ import yaml
 from vlm_taid.data.sources import SourceOptions
 from vlm_taid.errors import InputError
 from vlm_taid.evaluation.columns import references_of
+from vlm_taid.evaluation.generation import Generation, generation_options
 from vlm_taid.evaluation.prompts import Prompt, prompt_of
 from vlm_taid.evaluation.rows import PictureTable, Rows
 from vlm_taid.evaluation.scoring import default_metric, scoring
@@ -31,6 +32,7 @@ class Task:
         metric: a name of `vlm_taid.evaluation.scoring.SCORINGS`; None: vqa_accuracy if the first row has ten
             references, else exact_match.
         max_new_tokens: the longest answer, in tokens.
+        generation: further arguments of `Generation`.
         category: the column that groups rows for a score each; rows without it have none.
         prompt: how questions are phrased, in place of ``source.prompt``.
         prompt_style: whose prompt that is; written into the results.
@@ -47,12 +49,19 @@ class Task:
     prompt_style: str = "own"
     aliases: Mapping[str, Sequence[str]] = field(default_factory=dict)
     pictures: PictureTable | None = None
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.metric is not None:
             scoring(self.metric)
-        if self.max_new_tokens < 1:
-            raise InputError(f"task {self.name}: max_new_tokens is {self.max_new_tokens}, at least 1 is needed")
+        try:
+            self.generated()
+        except InputError as error:
+            raise InputError(f"task {self.name}: {error}") from None
+
+    def generated(self) -> Generation:
+        """How its answers are generated; InputError if a number is out of its range."""
+        return Generation(self.max_new_tokens, **self.generation)
 
     def rows(self) -> Rows:
         """The task's rows; InputError if the file cannot be read or holds none."""
@@ -85,7 +94,7 @@ class Task:
             "dataset": asdict(self.source),
             "columns": {ours: list(theirs) for ours, theirs in self.aliases.items()},
             "pictures": None if self.pictures is None else asdict(self.pictures),
-            "generation_kwargs": {"max_new_tokens": self.max_new_tokens, "do_sample": False},
+            "generation_kwargs": {"max_new_tokens": self.max_new_tokens, "do_sample": False, **self.generation},
         }
 
     @staticmethod
@@ -102,15 +111,17 @@ class Task:
             source, pictures = _moved(source, path), None
         elif pictures is not None:
             pictures = PictureTable(**{**pictures, "source": SourceOptions(**pictures["source"])})
+        generation = generation_options(config["generation_kwargs"], f"{name}: generation_kwargs")
         return Task(
             name,
             source,
             config["metric"],
-            config["generation_kwargs"]["max_new_tokens"],
+            generation.pop("max_new_tokens"),
             prompt=prompt_of(config["prompt"], name),
             prompt_style=config["prompt_style"],
             aliases=config.get("columns", {}),
             pictures=pictures,
+            generation=generation,
         )
 
 
@@ -130,6 +141,7 @@ class TaskFile:
         category: our column that groups rows.
         max_new_tokens: the longest answer.
         pictures: another table with the pictures, as ``dataset``, and its ``key``, ``image`` and ``row_key``.
+        generation: further arguments of `Generation`.
     """
 
     task: str
@@ -141,11 +153,19 @@ class TaskFile:
     category: str = "category"
     max_new_tokens: int = 16
     pictures: dict[str, Any] | None = None
+    generation: dict[str, Any] = field(default_factory=dict)
 
     @property
     def metric(self) -> str | None:
         """The default flavour's metric."""
         return next(iter(self.flavors.values()), None)
+
+    @property
+    def needs(self) -> list[str]:
+        """Our names of the columns that a file must have for its metric; the options may stand in the question."""
+        found = scoring(self.metric or "exact_match")
+        picture = "image" if self.pictures is None else self.pictures.get("row_key", "imageId")
+        return [picture, "question", *(["options"] if found.choice else []), "answer", *found.columns]
 
     def build(
         self,
@@ -156,6 +176,7 @@ class TaskFile:
         prompt: str | None = None,
         metric: str | None = None,
         max_new_tokens: int | None = None,
+        generation: Mapping[str, Any] | None = None,
         columns: Mapping[str, str] | None = None,
         image_root: str | None = None,
     ) -> Task:
@@ -168,6 +189,7 @@ class TaskFile:
             prompt: a prompt of one's own in place of the styles.
             metric: a metric in place of the flavour's.
             max_new_tokens: in place of the task's.
+            generation: further arguments of `Generation`, over the task's.
             columns: column names of the file, as in a recipe.
             image_root: the folder that image paths start from.
 
@@ -192,6 +214,7 @@ class TaskFile:
             self.columns,
             # a file of one's own has its pictures beside the questions
             None if self.pictures is None or path is not None else _picture_table(self.task, self.pictures),
+            {**self.generation, **(generation or {})},
         )
 
 
@@ -244,10 +267,7 @@ def read_task(path: str | Path) -> TaskFile:
     for metric in flavors.values():
         scoring(metric)
     prompts = values.get("prompts") or {"own": values.get("prompt", "{question}")}
-    generation = dict(values.get("generation", {}))
-    length = generation.pop("max_new_tokens", 16)
-    if generation.pop("do_sample", False) or generation:
-        raise InputError(f"{path}: generation takes max_new_tokens alone: answers are greedy")
+    generation = generation_options(values.get("generation", {}), f"{path}: generation")
     return TaskFile(
         values["task"],
         flavors,
@@ -259,8 +279,9 @@ def read_task(path: str | Path) -> TaskFile:
             for ours, theirs in values.get("columns", {}).items()
         },
         values.get("category", "category"),
-        length,
+        generation.pop("max_new_tokens", 16),
         values.get("pictures"),
+        generation,
     )
 
 
