@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +68,18 @@ def here(recipe: Path) -> Path:
     return distill(Recipe.load(recipe))
 
 
-def command(recipe: Path, launcher: str | None, ranks: int = 2, module: str = "vlm_taid") -> list[str]:
+def command(
+    recipe: Path,
+    launcher: str | None,
+    ranks: int = 2,
+    module: str = "vlm_taid",
+    arguments: Sequence[str] = ("distill",),
+) -> list[str]:
     """The command line; torchrun's ranks, or those of ``module`` tests.each_rank, tell what they hold."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    arguments = ["distill", "--config", str(recipe)]
+    arguments = [*arguments, "--config", str(recipe)]
     binary = Path(sys.executable).parent
     if launcher == "deepspeed":
         told = f"--num_gpus {ranks} --master_port {port} --module {module}"
@@ -85,9 +91,13 @@ def command(recipe: Path, launcher: str | None, ranks: int = 2, module: str = "v
 
 
 def launched(
-    recipe: Path, launcher: str | None, kill_when: Callable[[], bool] | None = None, ranks: int = 2,
+    recipe: Path,
+    launcher: str | None,
+    kill_when: Callable[[], bool] | None = None,
+    ranks: int = 2,
     module: str = "vlm_taid",
-) -> Path:  # fmt: skip
+    arguments: Sequence[str] = ("distill",),
+) -> Path:
     """The run under a launcher (None: one process of its own); killed with SIGKILL when the condition holds.
 
     The PATH holds the environment's own commands alone: no compiler, so that nothing can need one.
@@ -97,7 +107,7 @@ def launched(
     environment = os.environ | {"PATH": str(Path(sys.executable).parent), "TORCH_EXTENSIONS_DIR": extensions}
     with open(log, "w") as file:
         process = psutil.Popen(
-            command(recipe, launcher, ranks, module), stdout=file, stderr=subprocess.STDOUT, env=environment
+            command(recipe, launcher, ranks, module, arguments), stdout=file, stderr=subprocess.STDOUT, env=environment
         )
         end = time.monotonic() + LIMIT
         while process.poll() is None:

@@ -46,7 +46,7 @@ ALLOWED = {
     "caching": {"data", "objectives", "pairing", "recipe", "streams", "teachers"},
     "model_card": {"evaluation", "recipe"},
     "footprint": {"data", "pretrained", "pruning", "streams", "students", "trainable"},
-    "planning": {"footprint", "objectives", "recipe"},
+    "planning": {"footprint", "objectives", "recipe", "teachers"},
     "distillation": {
         "evaluation_callback",
         "caching",

@@ -1,7 +1,8 @@
 """cache: the teacher's distributions at every answer token, once, to disk.
 
-A shard holds the rows of a fixed stretch of the data, so a run that was stopped goes on with the first shard that is
-missing, on any number of ranks.
+First a basis of its logits is fitted to positions from all over the data, and written. A shard holds the rows of a
+fixed stretch of the data, so a run that was stopped goes on with the first shard that is missing, on any number of
+ranks.
 """
 
 from __future__ import annotations
@@ -23,24 +24,48 @@ from transformers import AutoConfig
 
 from .data import Conversation, ConversationDataset
 from .errors import BadRow, InputError
+from .objectives import HiddenSignal, as_slice
 from .objectives.signals import teacher_logits
 from .pairing import paired_collator
 from .recipe import Recipe
 from .streams import PairedCollator, SharedVocabulary, StreamEncoder, TeacherRow
-from .teachers import ABOUT, VERSION, LiveTeacher, ShardWriter, StoredTokens, fingerprint, row_key, shard_file
+from .teachers import (
+    ABOUT,
+    BASIS,
+    EIGHTS,
+    FOURS,
+    VERSION,
+    Basis,
+    K,
+    LiveTeacher,
+    ShardWriter,
+    StoredTokens,
+    file_hash,
+    fingerprint,
+    row_key,
+    shard_file,
+)
 
 CHUNK_BYTES = 2**28  # logits of a chunk of positions, fp32
+FIT_ROWS, FIT_POSITIONS = 256, 2048  # that a basis is fitted to
 
 
-def cache(recipe: Recipe, output: Path, k: int = 64, rows_per_shard: int = 4096) -> Path:
-    """Writes the teacher's top-k distributions of a recipe's training and validation rows.
+def cache(
+    recipe: Recipe,
+    output: Path,
+    k: int = K,
+    rows_per_shard: int = 4096,
+    coefficients: tuple[int, int] = (EIGHTS, FOURS),
+) -> Path:
+    """Writes the teacher's distributions at the answer tokens of a recipe's training and validation rows.
 
     Args:
         recipe: whose teacher, student (its tokenizer) and data count; of ``training`` the batch size, the data
             workers, the seed and, for a sharded teacher, ``deepspeed``.
         output: the cache's folder. One that holds a part of this very cache is completed.
-        k: tokens to keep at each position, a multiple of 4.
+        k: tokens to correct at each position, a multiple of 4.
         rows_per_shard: rows of a file.
+        coefficients: how many of 8 and of 4 bits.
 
     Returns:
         The folder, for ``teacher.cache`` of the recipe.
@@ -52,6 +77,11 @@ def cache(recipe: Recipe, output: Path, k: int = 64, rows_per_shard: int = 4096)
         raise InputError("the recipe has no teacher section: there is nothing to cache")
     if k < 4 or k % 4:
         raise InputError(f"k is {k}: a multiple of 4 is expected")
+    if min(coefficients) < 0 or coefficients[0] < 2 or any(count % 2 for count in coefficients):
+        raise InputError(
+            f"coefficients are {coefficients[0]} and {coefficients[1]}: two even numbers are expected, the first at "
+            "least 2"
+        )
     if recipe.data.streaming:
         raise InputError("a cache is of rows that have places: set data.streaming: false")
     arguments = _reduced(recipe).arguments()
@@ -60,40 +90,49 @@ def cache(recipe: Recipe, output: Path, k: int = 64, rows_per_shard: int = 4096)
     collator = paired_collator(recipe)
     if collator.teacher is None or collator.vocabulary is None:
         raise InputError(f"objective.name is {recipe.objective.name}, which has no use for a teacher to cache")
-    rest_R = collator.vocabulary.teacher_rest_R
-    teacher.share(
-        collator.vocabulary.teacher_columns_C.to(arguments.device),
-        None if rest_R is None else rest_R.to(arguments.device),
-    )
+    vocabulary, device = collator.vocabulary, arguments.device
+    rest_R = None if vocabulary.teacher_rest_R is None else vocabulary.teacher_rest_R.to(device)
+    teacher.share(as_slice(vocabulary.teacher_columns_C.to(device)), rest_R)
     names, datasets = _rows(recipe, arguments.seed)
     stretches = [
         range(start, min(start + rows_per_shard, len(names))) for start in range(0, len(names), rows_per_shard)
     ]
-    about = belongs(recipe, collator.teacher, collator.vocabulary)
-    about |= {"k": min(k, len(collator.vocabulary)), "rows_per_shard": rows_per_shard, "shards": len(stretches)}
+    about = belongs(recipe, collator.teacher, vocabulary)
+    about |= {"k": min(k, len(vocabulary)), "rows_per_shard": rows_per_shard, "shards": len(stretches)}
+    about["coefficients"] = list(coefficients)
     about["head_rows"] = teacher.head_rows
     about["names"] = hashlib.blake2b("\n".join(names).encode(), digest_size=12).hexdigest()
-    if state.is_main_process:
-        _begin(output, about)
+    size = arguments.per_device_train_batch_size
+    found = [_begun(output, about) if state.is_main_process else False]
+    broadcast_object_list(found)
+    if not found[0]:  # every rank runs the same rows, for a sharded teacher
+        step = -(-len(names) // FIT_ROWS)
+        batches = _batched(range(0, len(names), step), size)
+        loader = _loader(names, datasets, [list(rows) for rows in batches], collator, arguments)
+        typical_PB = _typical(teacher, loader, device)
+        if state.is_main_process:
+            Basis.of(typical_PB, *coefficients).save(output / BASIS)
+            _begin(output, about | {"basis": file_hash(output / BASIS)})
+        del typical_PB
     state.wait_for_everyone()
+    basis = Basis.load(output / BASIS, json.loads((output / ABOUT).read_text())["basis"]).to(device)
+    nothing = basis.nothing(about["k"])
     todo = [number for number in range(len(stretches)) if not shard_file(output, number).exists()]
     todo = _agreed(todo)[state.process_index :: state.num_processes]
-    size = arguments.per_device_train_batch_size
     batches = [(number, rows) for number in todo for rows in _batched(stretches[number], size)]
     most = max(gather_object([len(batches)]))
     padded = [list(rows) for _, rows in batches] + [[]] * (most - len(batches))  # a sharded teacher runs in lockstep
-    loader = DataLoader(
-        _Rows(names, datasets), batch_sampler=padded, collate_fn=_Collate(collator),
-        num_workers=arguments.dataloader_num_workers,
-    )  # fmt: skip
+    loader = _loader(names, datasets, padded, collator, arguments)
     writer: ShardWriter | None = None
     for i, (batch, rows) in enumerate(loader):
         with teacher.gathered():
-            tokens = _stored(teacher, batch.to(arguments.device), about["k"])
+            signal = teacher.signal(batch.to(device))
+            parts = [StoredTokens.of(teacher_logits(signal, at), basis, about["k"]) for at in _chunks(signal)]
+            tokens = StoredTokens.joined([nothing, *parts])
         if i >= len(batches):
             continue
         number = batches[i][0]
-        writer = writer or ShardWriter(shard_file(output, number))
+        writer = writer or ShardWriter(shard_file(output, number), nothing)
         start = 0
         for name, key, length in rows:
             if length is None:
@@ -102,7 +141,7 @@ def cache(recipe: Recipe, output: Path, k: int = 64, rows_per_shard: int = 4096)
             writer.add(name, key, tokens.rows(slice(start, start + length)))
             start += length
         if i + 1 == len(batches) or batches[i + 1][0] != number:
-            writer.write(about["k"])
+            writer.write()
             writer = None
             print(f"shard {number + 1} of {len(stretches)} is written", flush=True)
     state.wait_for_everyone()
@@ -150,13 +189,13 @@ def _reduced(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, training=training)
 
 
-def _begin(output: Path, about: dict[str, Any]) -> None:
-    """Makes the folder, or checks that it holds a part of this cache."""
+def _begun(output: Path, about: dict[str, Any]) -> bool:
+    """Whether the folder holds a part of this cache; it is made if there is none."""
     output.mkdir(parents=True, exist_ok=True)
     file = output / ABOUT
     if file.is_file():
         before = json.loads(file.read_text())
-        differing = sorted(key for key in {**before, **about} if before.get(key) != about.get(key))
+        differing = sorted(key for key in {**before, **about} if key != "basis" and before.get(key) != about.get(key))
         if differing:
             raise InputError(
                 f"{output} holds another cache, which differs in {', '.join(differing)}: give another --output, or "
@@ -164,12 +203,17 @@ def _begin(output: Path, about: dict[str, Any]) -> None:
             )
         for partial in output.glob("*.partial"):
             partial.unlink()
-        return
-    if any(output.iterdir()):
+        return True
+    unfinished = {BASIS, f"{Path(BASIS).stem}.partial", f"{ABOUT}.partial"}  # of a run that was stopped before it began
+    if any(path.name not in unfinished for path in output.iterdir()):
         raise InputError(f"{output} is not empty and holds no cache: give another --output")
+    return False
+
+
+def _begin(output: Path, about: dict[str, Any]) -> None:
     beside = output / f"{ABOUT}.partial"
     beside.write_text(json.dumps(about, indent=1))
-    os.rename(beside, file)
+    os.rename(beside, output / ABOUT)
 
 
 def _agreed(numbers: list[int]) -> list[int]:
@@ -227,9 +271,32 @@ class _Collate:
         return batch, [(name, *self.keys.get(name, (None, None))) for name, _ in rows]
 
 
-def _stored(teacher: LiveTeacher, batch: Any, k: int) -> StoredTokens:
-    signal = teacher.signal(batch)
+def _loader(
+    names: Any, datasets: Any, batches: list[list[int]], collator: PairedCollator, arguments: Any
+) -> DataLoader:
+    return DataLoader(
+        _Rows(names, datasets), batch_sampler=batches, collate_fn=_Collate(collator),
+        num_workers=arguments.dataloader_num_workers,
+    )  # fmt: skip
+
+
+def _chunks(signal: HiddenSignal) -> list[slice]:
     chunk = max(1, CHUNK_BYTES // (4 * signal.head.width))
-    ranges = [slice(start, start + chunk) for start in range(0, max(len(signal.hidden_NG), 1), chunk)]
-    parts = [StoredTokens.of(teacher_logits(signal, at), k) for at in ranges]
-    return StoredTokens.joined(parts)
+    return [slice(start, start + chunk) for start in range(0, len(signal.hidden_NG), chunk)]
+
+
+def _typical(teacher: LiveTeacher, loader: DataLoader, device: torch.device) -> Tensor:
+    """Logits [P, B] at evenly spaced positions of some batches."""
+    most = -(-2 * FIT_POSITIONS // len(loader))
+    hidden_PG = torch.cat([_spaced(teacher.signal(batch.to(device)).hidden_NG, most) for batch, _ in loader])
+    signal = HiddenSignal(_spaced(hidden_PG, FIT_POSITIONS), teacher.head)
+    if not len(hidden_PG):
+        raise InputError("no row of the data has an answer token that pairs: there is nothing to cache")
+    with teacher.gathered():
+        return torch.cat([teacher_logits(signal, at) for at in _chunks(signal)])
+
+
+def _spaced(hidden_NG: Tensor, most: int) -> Tensor:
+    """At most so many positions, evenly spaced."""
+    N = len(hidden_NG)
+    return hidden_NG[torch.linspace(0, N - 1, most).long().to(hidden_NG.device)] if most < N else hidden_NG

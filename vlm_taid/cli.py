@@ -37,15 +37,21 @@ def distill(arguments: list[str]) -> None:
 
 
 def cache(arguments: list[str]) -> None:
-    from .caching import cache
+    from .caching import EIGHTS, FOURS, K, cache
     from .parsing import with_recipe
     from .recipe import Recipe
 
-    parser = with_recipe("cache", "Write the teacher's top-k distributions of every answer token to disk.")
+    parser = with_recipe("cache", "Write the teacher's distributions at every answer token to disk.")
     parser.add_argument("--output", type=Path, required=True, help="the cache's folder; a part of it is gone on with")
-    parser.add_argument("--k", type=int, default=64, help="tokens to keep at each position (default: 64)")
+    parser.add_argument("--k", type=int, default=K, help=f"tokens to correct at each position (default: {K})")
+    parser.add_argument(
+        "--coefficients", type=int, nargs=2, default=(EIGHTS, FOURS), metavar=("EIGHTS", "FOURS"),
+        help=f"coefficients of all logits, of 8 and of 4 bits (default: {EIGHTS} {FOURS})",
+    )  # fmt: skip
+    parser.add_argument("--rows_per_shard", type=int, default=4096, help="rows of a file (default: 4096)")
     options, rest = parser.split(arguments)
-    print(f"cache: {cache(Recipe.parse(rest, parser.names), options.output, options.k)}")
+    recipe, coefficients = Recipe.parse(rest, parser.names), tuple(options.coefficients)
+    print(f"cache: {cache(recipe, options.output, options.k, options.rows_per_shard, coefficients)}")
 
 
 def inspect(arguments: list[str]) -> int:

@@ -135,7 +135,8 @@ def build_trainer(recipe: Recipe, arguments: DistillationArguments) -> Distillat
         elif recipe.teacher.cache is None:
             teacher = LiveTeacher(recipe.teacher, arguments.device)
         else:
-            teacher = CachedTeacher(recipe.teacher.cache, belongs(recipe, collator.teacher, vocabulary))
+            expected = belongs(recipe, collator.teacher, vocabulary)
+            teacher = CachedTeacher(recipe.teacher.cache, expected, arguments.device)
             collator.stored = teacher.stored
         vocabulary.check_fits(head_rows(student), teacher.head_rows)
 

@@ -16,11 +16,12 @@ from .errors import InputError
 from .footprint import Footprint, Pictures, footprint
 from .objectives.linear import MEMORY
 from .recipe import Recipe
+from .teachers import EIGHTS, FOURS, K, bytes_a_token
 
 GB = 1e9
 BUCKETS = 2 * 5e8  # elements of DeepSpeed's default reduce and gather buckets, in the weights' type
 LIVE = 1e9  # elements of a ZeRO-3 model that DeepSpeed keeps gathered, by default
-STORED_BYTES = 216  # of a stored teacher's answer token, at k = 64
+STORED_BYTES = bytes_a_token(2**17, K, EIGHTS, FOURS)  # of a stored teacher's answer token, of a large vocabulary
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,10 @@ def plan(
         ]
         stored = time.student + time.student_gather
         per_step = rows * accumulation * machine.gpus * length * answer_share * STORED_BYTES / GB
-        lines += [f"a stored teacher: {stored:.2f} s a step, {per_step:.3f} GB of disk for each step's rows"]
+        lines += [
+            f"a stored teacher: {stored:.2f} s a step, {per_step:.3f} GB of disk for each step's rows "
+            f"({STORED_BYTES:g} bytes an answer token)"
+        ]
         fits = kept[stage_of_teacher] < limit * GB
         better = "better" if not fits or time.total > 1.5 * stored else "of little use"
         lines += [

@@ -6,7 +6,7 @@ from .head import Head, as_slice, redirected
 from .linear import MEMORY, LinearDistillationOutput, chunk_rows, linear_distillation
 from .measures import Measures, measure
 from .objective import FKL, OBJECTIVES, Objective
-from .signals import HiddenSignal, MixedSignal, TeacherSignal, TopKSignal
+from .signals import Corrections, HiddenSignal, MixedSignal, TeacherSignal
 from .taid import TAIDSchedule
 from .temperature import LearnedTemperature
 
@@ -14,6 +14,7 @@ __all__ = [
     "FKL",
     "MEMORY",
     "OBJECTIVES",
+    "Corrections",
     "Head",
     "HiddenSignal",
     "LearnedTemperature",
@@ -23,7 +24,6 @@ __all__ = [
     "Objective",
     "TAIDSchedule",
     "TeacherSignal",
-    "TopKSignal",
     "as_slice",
     "chunk_rows",
     "diagnostic_names",

@@ -4,7 +4,7 @@ The rows are taken in chunks; a chunk's logits live in fp32 buffers that the nex
 in the forward pass, so that no weight and no logits are kept for backward (a ZeRO-3 head need not be gathered twice).
 
 Legend: N answer tokens, n rows of a chunk, H student width, V rows of the student's head, C shared vocabulary,
-B buckets: the shared tokens, or a top-k signal's tokens and their tail, each with the rest where there is one.
+B buckets: the shared tokens, and the rest where there is one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .diagnostics import Agreement, diagnostic_names, of_student, of_teacher
 from .head import Head
 from .objective import SFT, Inputs, Objective
 from .products import TILE, fp32_results, gradient_dtype, logits, times_weight
-from .signals import HiddenSignal, MixedSignal, TeacherSignal, TopKSignal, check, teacher_logits
+from .signals import HiddenSignal, TeacherSignal, check, teacher_logits
 from .streamed import KLChunks, streams
 
 MEMORY = 256  # MiB
@@ -34,7 +34,7 @@ class LinearDistillationOutput:
 
     loss_N: differentiable, times ``weights_N``; all others are without weights or gradient.
     kl_N, ce_N: the objective's KL and its cross-entropy form, in nats (see ``Fused``).
-    rest_N: the teacher's mass in the rest bucket, as a probability; None without a rest, and for a TopKSignal.
+    rest_N: the teacher's mass in the rest bucket, as a probability; None without a rest.
     temperature_gradient_N: of ``ctkd``: d loss / d T, for ``LearnedTemperature.update``.
     agreement_N: 1 where both models' most probable token is the same shared one, else 0; None without a teacher.
     diagnostics_DN: on request: a row for each of ``diagnostic_names``.
@@ -125,12 +125,11 @@ def linear_distillation(
     call = _Call(head, target, objective, inputs, labels_N, weights_N, target_t, chunk, gradient, diagnostics_DN)
     with torch.autocast(hidden_NH.device.type, enabled=False):  # it would make the products bf16
         loss_N, values_XN = _LinearDistillation.apply(hidden_NH, head.weight, head.bias, call)
-    has_rest = head.has_rest and isinstance(target, HiddenSignal | MixedSignal)
     return LinearDistillationOutput(
         loss_N,
         values_XN[1],
         values_XN[2],
-        values_XN[3] if has_rest else None,
+        values_XN[3] if head.has_rest and target is not None else None,
         values_XN[4] if objective.name == "ctkd" else None,
         values_XN[5] if objective.uses_teacher else None,
         diagnostics_DN,
@@ -254,11 +253,11 @@ def _chunk(hidden_nH: Tensor, at: slice, call: _Call, values_Xn: Tensor) -> Tens
     """Fills a chunk's values; returns the gradient in the raw products of all V rows."""
     head, objective, T = call.head, call.objective, call.inputs.temperature
     logits_nV = head.curve(logits(hidden_nH, head.weight, head.bias, None))
-    buckets = _Buckets(logits_nV, head, call.target, at)
+    buckets = _Buckets(logits_nV, head)
     teacher_nB: Any = None
     if call.target is not None:
         teacher_nB = teacher_logits(call.target, at)
-        if head.has_rest and not isinstance(call.target, TopKSignal):
+        if head.has_rest:
             values_Xn[3] = (teacher_nB[:, -1] - teacher_nB.logsumexp(-1)).exp()
         values_Xn[5] = buckets.agrees_n(teacher_nB)
     student_nB = buckets.logits_nB
@@ -267,8 +266,6 @@ def _chunk(hidden_nH: Tensor, at: slice, call: _Call, values_Xn: Tensor) -> Tens
     if T != 1.0:
         student_nB, teacher_nB = student_nB / T, teacher_nB.div_(T)
     labels_n = None if call.inputs.labels_N is None else call.inputs.labels_N[at]
-    if labels_n is not None and isinstance(call.target, TopKSignal):
-        labels_n = _place(labels_n, call.target.ids_NK[at])
     fused = objective.fused(student_nB, teacher_nB, call.inputs._replace(labels_N=labels_n))
     del teacher_nB
     outside_n = buckets.outside_n
@@ -305,7 +302,7 @@ class _Buckets:
     of the bucket's mass. ``outside_n`` is minus the log of the mass that all buckets hold.
     """
 
-    def __init__(self, logits_nV: Tensor, head: Head, target: TeacherSignal | None, at: slice):
+    def __init__(self, logits_nV: Tensor, head: Head):
         self.logits_nV, self.head = logits_nV, head
         shared_nC = logits_nV if head.columns is None else logits_nV[:, head.columns]
         self.rest_nR = None
@@ -313,13 +310,7 @@ class _Buckets:
             self.rest_nR = logits_nV[:, head.rest]
             self.rest_n1 = self.rest_nR.logsumexp(-1, keepdim=True)
             shared_nC = torch.cat([shared_nC, self.rest_n1], -1)
-        self.shared_nC = self.logits_nB = shared_nC
-        self.ids_nK = None
-        if isinstance(target, TopKSignal):
-            self.ids_nK = target.ids_NK[at]
-            self.tail_n1 = shared_nC.scatter(-1, self.ids_nK, -torch.inf).logsumexp(-1, keepdim=True)
-            self.tail_n1.clamp_min_(-1e4)  # every token is listed
-            self.logits_nB = torch.cat([shared_nC.gather(-1, self.ids_nK), self.tail_n1], -1)
+        self.logits_nB = shared_nC
         rows = head.width + (0 if self.rest_nR is None else self.rest_nR.shape[1])
         self.has_padding = rows < logits_nV.shape[1]
         self.outside_n: Any = 0.0
@@ -338,13 +329,9 @@ class _Buckets:
         out_Dn[4] += self.outside_n
 
     def agrees_n(self, teacher_nB: Tensor) -> Tensor:
-        """Whether both models' most probable token is the same one; a tail's and a rest's tokens agree with none."""
-        if self.ids_nK is not None:
-            best_n1 = self.ids_nK.gather(-1, teacher_nB[:, :-1].argmax(-1, keepdim=True))
-            same_n = self.shared_nC.gather(-1, best_n1)[:, 0] == self.shared_nC.amax(-1)
-            return same_n & (best_n1[:, 0] < self.head.width)
+        """Whether both models' most probable token is the same one; a rest's tokens agree with none."""
         agreement = Agreement()
-        agreement.add(self.shared_nC, teacher_nB)
+        agreement.add(self.logits_nB, teacher_nB)
         same_n = agreement.same_n()
         if self.rest_nR is not None:  # in the rest are many tokens
             same_n &= teacher_nB[:, -1] < teacher_nB.amax(-1)
@@ -354,9 +341,6 @@ class _Buckets:
         """The gradient [n, V] of the objective and of ``outside_n`` from that in the buckets' logits."""
         if self.has_padding:
             gradient_nB = gradient_nB.sub_((self.logits_nB - self.log_b_n1).exp_())
-        if self.ids_nK is not None:
-            tail_nC = (self.shared_nC - self.tail_n1).exp_().mul_(gradient_nB[:, -1:])
-            gradient_nB = tail_nC.scatter_(-1, self.ids_nK, gradient_nB[:, :-1])
         if self.head.columns is None:
             return gradient_nB
         gradient_nV = self._background()
@@ -375,9 +359,3 @@ class _Buckets:
         if self.has_padding:
             return (self.logits_nV - self.log_z_n1).exp_()
         return torch.zeros_like(self.logits_nV)
-
-
-def _place(labels_n: Tensor, ids_nK: Tensor) -> Tensor:
-    """Where each label is among the listed ids; K, the tail, where it is not."""
-    at_nK = ids_nK == labels_n[:, None]
-    return torch.where(at_nK.any(-1), at_nK.int().argmax(-1), ids_nK.shape[1])

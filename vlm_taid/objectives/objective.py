@@ -1,6 +1,6 @@
 """The objectives as options: a dataclass each, with the closed-form gradient that the fused loss uses.
 
-Legend: N answer tokens, B buckets (shared tokens; with a rest or a tail where there is one). q: student, p: teacher,
+Legend: N answer tokens, B buckets (shared tokens, and the rest where there is one). q: student, p: teacher,
 p_t: TAID's target, over the B buckets.
 """
 

@@ -1,7 +1,7 @@
 """What a teacher gives at the paired positions.
 
-Legend: N answer tokens, n rows of a chunk, G teacher width, K listed tokens, C shared vocabulary, B buckets: the
-shared tokens, or the listed ones and their tail, each with the rest where there is one.
+Legend: N answer tokens, n rows of a chunk, G teacher width, K corrected tokens, C shared vocabulary, B buckets: the
+shared tokens, and the rest where there is one.
 """
 
 from __future__ import annotations
@@ -17,42 +17,37 @@ from .products import logits
 
 
 @dataclass(frozen=True)
+class Corrections:
+    """What is added to a head's logits at some buckets of each position.
+
+    Args:
+        ids_NK: the buckets: indices into the shared vocabulary, in the order of the heads' ``columns``; a head's rest
+            bucket is index C. Distinct within a row.
+        added_NK: what is added there.
+    """
+
+    ids_NK: Tensor
+    added_NK: Tensor
+
+
+@dataclass(frozen=True)
 class HiddenSignal:
-    """A live teacher's signal.
+    """A live teacher's signal; of a stored one, coefficients in the place of hidden states and a basis as the head.
 
     Args:
         hidden_NG: its last hidden states at the paired positions.
         head: its language head.
+        corrections: of its logits; None for a live teacher.
     """
 
     hidden_NG: Tensor
     head: Head
-
-
-@dataclass(frozen=True)
-class TopKSignal:
-    """The teacher's K most probable tokens at each position, and the mass of all others: what a cache on disk holds.
-
-    The objectives then work on K + 1 buckets: each listed token, and one tail that holds every other token of the
-    shared vocabulary (and its rest). The student's logit of the tail is the logsumexp over those tokens, so its
-    gradient reaches each of them by its share of the student's tail. TAID interpolates between the logits of buckets,
-    the teacher's being its log-probabilities.
-
-    Args:
-        ids_NK: indices into the shared vocabulary, in the order of the heads' ``columns``; a head's rest bucket is
-            index C. Distinct within a row.
-        logp_NK: their log-probabilities over the shared vocabulary and its rest.
-        tail_N: probability (not its logarithm) of all others.
-    """
-
-    ids_NK: Tensor
-    logp_NK: Tensor
-    tail_N: Tensor
+    corrections: Corrections | None = None
 
 
 @dataclass(frozen=True)
 class MixedSignal:
-    """Several live teachers over one shared vocabulary.
+    """Several teachers over one shared vocabulary.
 
     Args:
         signals: their signals.
@@ -72,7 +67,7 @@ class MixedSignal:
             raise ValueError(f"the teachers' weights must be positive, not {', '.join(map(str, self.weights))}")
 
 
-TeacherSignal = HiddenSignal | TopKSignal | MixedSignal
+TeacherSignal = HiddenSignal | MixedSignal
 
 
 def check(signal: TeacherSignal, head: Head) -> None:
@@ -84,23 +79,23 @@ def check(signal: TeacherSignal, head: Head) -> None:
     if isinstance(signal, MixedSignal):
         for one in signal.signals:
             check(one, head)
-    elif isinstance(signal, HiddenSignal):
-        if head.width != signal.head.width:
-            raise ValueError(
-                f"the student's head has {head.width} columns in use and the teacher's {signal.head.width}: give both "
-                "heads the columns of their SharedVocabulary"
-            )
-        if head.has_rest != signal.head.has_rest:
-            raise ValueError("only one of the two heads has a rest: give it to both, or to none")
+        return
+    if head.width != signal.head.width:
+        raise ValueError(
+            f"the student's head has {head.width} columns in use and the teacher's {signal.head.width}: give both "
+            "heads the columns of their SharedVocabulary"
+        )
+    if head.has_rest != signal.head.has_rest:
+        raise ValueError("only one of the two heads has a rest: give it to both, or to none")
 
 
 def teacher_logits(signal: TeacherSignal, at: slice) -> Tensor:
     """The teacher's logits [n, B] over the buckets at some positions, fp32, in a buffer of their own."""
     if isinstance(signal, HiddenSignal):
-        return bucket_logits(signal.hidden_NG[at], signal.head)
-    if isinstance(signal, TopKSignal):
-        tail_n1 = signal.tail_N[at].float().clamp_min(torch.finfo(torch.float32).tiny).log()[:, None]
-        return torch.cat([signal.logp_NK[at].float(), tail_n1], -1)
+        logits_nB = bucket_logits(signal.hidden_NG[at], signal.head)
+        if signal.corrections is not None:
+            logits_nB.scatter_add_(-1, signal.corrections.ids_NK[at], signal.corrections.added_NK[at].float())
+        return logits_nB
     total = sum(signal.weights)
     mixed_nB = None
     for one, weight in zip(signal.signals, signal.weights, strict=True):

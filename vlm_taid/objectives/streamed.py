@@ -18,7 +18,7 @@ from torch import Tensor
 from .diagnostics import Agreement, TeacherTiles, of_student
 from .head import Head
 from .products import gradient_dtype, product
-from .signals import HiddenSignal, TeacherSignal
+from .signals import Corrections, HiddenSignal, TeacherSignal
 
 CACHED = 2**19  # logits of a tile on a CPU: 2 MiB; a GPU takes larger tiles, for fewer launches (not run here)
 CAST_BYTES = 2**24  # of a tile of half-precision weights that is in fp32 at a time, on a CPU
@@ -90,10 +90,13 @@ class KLChunks:
         hidden_nH, hidden_nG = hidden_nH.detach().float(), self.target.hidden_NG[at].detach().float()
         student, teacher, means = [], [], []
         agreement, watched = Agreement(), None if diagnostics_Dn is None else TeacherTiles()
+        corrections = None if self.target.corrections is None else _Sorted(self.target.corrections, at)
         for mine, theirs, student_nv, teacher_nv in self._tiles(n):
             self._logits(hidden_nH, self.head, mine, student_nv)
             if theirs is not None and teacher_nv is not None:
                 self._logits(hidden_nG, self.target.head, theirs, teacher_nv)
+                if corrections is not None:
+                    corrections.add(teacher_nv, mine.start - _span(self.head).start)
                 gap_nv = self.gap[: teacher_nv.numel()].view(n, -1)
                 if watched is not None:
                     watched.add(student_nv, teacher_nv, gap_nv)
@@ -138,6 +141,23 @@ class KLChunks:
                 student_nv.addcmul_(teacher_nv, next(factor_t)[:, None])
             gradient_nV[:, mine] = student_nv
         return gradient_nV
+
+
+class _Sorted:
+    """A chunk's corrections in the order of their buckets, so that each tile finds its own."""
+
+    def __init__(self, corrections: Corrections, at: slice):
+        ids_nK = corrections.ids_NK[at]
+        self.ids_M, order_M = ids_nK.flatten().sort()
+        self.rows_M = order_M // ids_nK.shape[1]
+        self.added_M = corrections.added_NK[at].float().flatten()[order_M]
+
+    def add(self, logits_nv: Tensor, first: int) -> None:
+        """Adds those of the buckets from ``first`` on to a tile of logits."""
+        edges = torch.tensor([first, first + logits_nv.shape[1]], device=self.ids_M.device)
+        start, stop = torch.searchsorted(self.ids_M, edges).tolist()
+        places = self.rows_M[start:stop], self.ids_M[start:stop] - first
+        logits_nv.index_put_(places, self.added_M[start:stop], accumulate=True)
 
 
 def _span(head: Head) -> slice:

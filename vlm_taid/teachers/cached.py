@@ -1,14 +1,10 @@
-"""A teacher on disk: for every paired position its K most probable shared tokens, and the mass of all others.
+"""A teacher on disk: for every paired position its distribution over the shared tokens, as ``stored.py`` has it.
 
-A cache is a folder of ``cache.json`` (what it was made of) and shards of rows, each a safetensors file that is written
-beside and renamed. A row is found by its name, and is believed when the hash of the teacher's token ids, of the
-positions and of the pictures is the one that it was stored with.
+A cache is a folder of ``cache.json`` (what it was made of), ``basis.safetensors`` and shards of rows, each a
+safetensors file that is written beside and renamed. A row is found by its name, and is believed when the hash of the
+teacher's token ids, of the positions and of the pictures is the one that it was stored with.
 
-A token takes 8 bytes and 3 more for each of its K (3.25 when the vocabulary is over 65,536): the id, and a code of 8
-bits, the log-probability's distance from the highest in equal steps. The listed probabilities are scaled back to one
-minus the tail's mass, so that what is read sums to one.
-
-Legend: N positions, R rows of a shard, K stored tokens, C shared vocabulary, B its buckets (C, and the rest).
+Legend: N positions, K corrected buckets, R coefficients.
 """
 
 from __future__ import annotations
@@ -16,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,67 +25,13 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from ..errors import InputError
-from ..objectives import TopKSignal
+from ..objectives import Corrections, Head, HiddenSignal
 from ..streams import TeacherRow
+from .stored import PARTS, Basis, StoredTokens
 
 ABOUT = "cache.json"
-VERSION = 1
-STEPS = 255  # of a code
-PARTS = ("low_NK", "high_NQ", "code_NK", "scale_N2")
-
-
-@dataclass(frozen=True)
-class StoredTokens:
-    """K tokens of N positions as they are stored: ids in two parts, codes, and [step in nats, mass of the tail]."""
-
-    low_NK: Any
-    high_NQ: Any
-    code_NK: Any
-    scale_N2: Any
-
-    @classmethod
-    def of(cls, logits_NB: Tensor, k: int) -> StoredTokens:
-        """Stores the distributions of logits.
-
-        Args:
-            logits_NB: fp32, over the shared vocabulary and, where there is one, its rest.
-            k: tokens to keep, a multiple of 4 if B is over 65,536.
-        """
-        logp_NB = logits_NB.float().log_softmax(-1)
-        logp_NK, ids_NK = logp_NB.topk(k, -1)
-        # the sum of the others, not one minus the sum of the listed: a small tail keeps its digits
-        others_NB = logp_NB.scatter(-1, ids_NK, -torch.inf)
-        tail_N = others_NB.logsumexp(-1).exp() if k < logp_NB.shape[-1] else torch.zeros(len(logp_NB))
-        below_NK = logp_NK[:, :1] - logp_NK
-        step_N = (below_NK[:, -1] / STEPS).clamp_min(1e-9)
-        code_NK = (below_NK / step_N[:, None]).round().to(torch.uint8)
-        ids = ids_NK.cpu().numpy()
-        high_NK = (ids >> 16).astype(np.uint8)
-        packed = [high_NK[:, i::4] << (2 * i) for i in range(4)] if logp_NB.shape[-1] > 2**16 else []
-        high_NQ = np.bitwise_or.reduce(packed) if packed else np.zeros((len(ids), 0), np.uint8)
-        scale_N2 = torch.stack([step_N, tail_N.to(step_N.device)], -1).cpu().numpy().astype(np.float32)
-        return cls((ids & 0xFFFF).astype(np.uint16), high_NQ, code_NK.cpu().numpy(), scale_N2)
-
-    def signal(self) -> TopKSignal:
-        """The stored distributions; each sums to one."""
-        ids_NK = self.low_NK.astype(np.int64)
-        for i in range(4 if self.high_NQ.shape[1] else 0):
-            ids_NK[:, i::4] |= (self.high_NQ.astype(np.int64) >> (2 * i) & 3) << 16
-        step_N1, tail_N = torch.from_numpy(self.scale_N2[:, :1].copy()), torch.from_numpy(self.scale_N2[:, 1].copy())
-        below_NK = torch.from_numpy(self.code_NK.astype(np.float32)) * step_N1
-        listed_N1 = torch.log1p(-tail_N.clamp(max=1 - 1e-6))[:, None]
-        return TopKSignal(torch.from_numpy(ids_NK), torch.log_softmax(-below_NK, -1) + listed_N1, tail_N)
-
-    @classmethod
-    def joined(cls, tokens: Sequence[StoredTokens]) -> StoredTokens:
-        parts: list[Any] = [np.concatenate([getattr(one, part) for one in tokens]) for part in PARTS]
-        return cls(*parts)
-
-    def rows(self, at: slice) -> StoredTokens:
-        return StoredTokens(self.low_NK[at], self.high_NQ[at], self.code_NK[at], self.scale_N2[at])
-
-    def checksum(self) -> int:
-        return zlib.crc32(b"".join(np.ascontiguousarray(getattr(self, part)).tobytes() for part in PARTS))
+BASIS = "basis.safetensors"
+VERSION = 2
 
 
 def row_id(name: str) -> int:
@@ -113,9 +54,10 @@ def _number(digest: Any) -> int:
 
 @dataclass
 class ShardWriter:
-    """Collects the rows of one shard and writes it whole, or not at all."""
+    """Collects the rows of one shard and writes it whole, or not at all; ``nothing`` are no tokens."""
 
     file: Path
+    nothing: StoredTokens
 
     def __post_init__(self):
         self._rows: list[tuple[int, int, StoredTokens]] = []
@@ -128,20 +70,16 @@ class ShardWriter:
         """Notes a row that has no distributions, so that it is not missed."""
         self._refused.append(row_id(name))
 
-    def write(self, k: int) -> None:
+    def write(self) -> None:
         tokens = [row[2] for row in self._rows]
-        lengths = [len(token.code_NK) for token in tokens]
         tensors = {
             "row_id": np.array([row[0] for row in self._rows], np.int64),
             "row_key": np.array([row[1] for row in self._rows], np.int64),
             "row_checksum": np.array([token.checksum() for token in tokens], np.int64),
-            "row_start": np.cumsum([0, *lengths], dtype=np.int64),
+            "row_start": np.cumsum([0, *map(len, tokens)], dtype=np.int64),
             "refused": np.array(self._refused, np.int64),
+            **vars(StoredTokens.joined([self.nothing, *tokens])),
         }
-        none = StoredTokens(
-            np.zeros((0, k), np.uint16), np.zeros((0, 0), np.uint8), np.zeros((0, k), np.uint8), np.zeros((0, 2), "f4")
-        )
-        tensors |= vars(StoredTokens.joined(tokens) if tokens else none)
         beside = self.file.with_suffix(".partial")
         save_file(tensors, beside)
         with open(beside, "rb") as file:
@@ -159,12 +97,13 @@ class CachedTeacher:
     Args:
         folder: the cache.
         belongs: what the recipe at hand would make a cache of, as ``cache.json`` has it.
+        device: where the losses are made.
 
     Raises:
         InputError: there is no cache, it is not finished, a shard is broken, or it belongs to another recipe.
     """
 
-    def __init__(self, folder: str | Path, belongs: Mapping[str, Any]):
+    def __init__(self, folder: str | Path, belongs: Mapping[str, Any], device: torch.device):
         self.folder = Path(folder)
         try:
             about = json.loads((self.folder / ABOUT).read_text())
@@ -172,6 +111,9 @@ class CachedTeacher:
             raise InputError(f"teacher.cache: {folder} has no readable {ABOUT}: make it with vlm-taid cache") from error
         check_belongs(self.folder, about, belongs)
         self.head_rows: int = about["head_rows"]
+        self.basis = Basis.load(self.folder / BASIS, about.get("basis")).to(device)
+        self.head: Head = self.basis.head(False)
+        self.nothing = self.basis.nothing(about["k"])
         self.files = [shard_file(self.folder, number) for number in range(about["shards"])]
         self._open: dict[int, Any] = {}
         ids, shards, places = [], [], []
@@ -198,7 +140,7 @@ class CachedTeacher:
         return self._open[number]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}
+        return {**self.__dict__, "_open": {}, "basis": None, "head": None}  # of no use to a worker
 
     def check_rows(self, names: Iterable[str]) -> None:
         """Refuses data of which the cache lacks rows.
@@ -240,20 +182,19 @@ class CachedTeacher:
     def stored(self, rows: Sequence[TeacherRow]) -> dict[str, Tensor]:
         """A batch's entries: the signals of its rows, one after the other."""
         tokens = [self.row(row.name, row_key(row)) for row in rows]
-        if not tokens:
-            return {"ids_NK": torch.zeros(0, 1).long(), "logp_NK": torch.zeros(0, 1), "tail_N": torch.zeros(0)}
-        signal = StoredTokens.joined(tokens).signal()
-        return {"ids_NK": signal.ids_NK, "logp_NK": signal.logp_NK, "tail_N": signal.tail_N}
+        return StoredTokens.joined([self.nothing, *tokens]).read()
 
-    def share(self, *_: Any, **__: Any) -> None:
-        """The cache was made over the shared vocabulary."""
+    def share(self, columns: Tensor | slice, rest: Tensor | None = None) -> None:
+        """The cache was made over the shared vocabulary; what it has to know is whether there is a rest."""
+        self.head = self.basis.head(rest is not None and len(rest) > 0)
 
     def prove_packing(self, *_: Any) -> None:
         """It runs no model."""
 
-    def signal(self, batch: Mapping[str, Any]) -> TopKSignal:
+    def signal(self, batch: Mapping[str, Any]) -> HiddenSignal:
         """The stored distributions at a PairedBatch's paired positions."""
-        return TopKSignal(**batch["stored"])
+        stored = batch["stored"]
+        return HiddenSignal(stored["coefficients_NR"], self.head, Corrections(stored["ids_NK"], stored["added_NK"]))
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -266,6 +207,11 @@ def check_belongs(folder: Path, about: Mapping[str, Any], belongs: Mapping[str, 
     Raises:
         InputError: naming each thing that differs, as it is in the cache and in the recipe.
     """
+    if about.get("version") != VERSION:
+        raise InputError(
+            f"the cache {folder} is of format {about.get('version')}, and {VERSION} is read here: make it again with "
+            "vlm-taid cache and another --output"
+        )
     differing = [
         f"{key} ({about.get(key)!r} there, {value!r} here)" for key, value in belongs.items() if about.get(key) != value
     ]
