@@ -41,7 +41,7 @@ def test_two_ranks_write_what_one_writes_also_after_a_kill(text, zero_stage, lau
     more = {"zero_stage": 3, "deepspeed": runs.deepspeed_config(3)} if zero_stage else {}
     path, two = recipe(f"two{zero_stage}", per_device_train_batch_size=2, **more), tmp_path / "cache"
     arguments = ["cache", "--output", str(two), *MADE]
-    runs.launched(path, launcher, lambda: (two / "cache.json").exists(), arguments)
+    runs.launched(path, launcher, lambda: (two / "cache.json").exists(), arguments=arguments)
     assert len(list(two.glob("rows-*.safetensors"))) < 6
     runs.launched(path, launcher, arguments=arguments)
     assert sorted(file.name for file in two.iterdir()) == sorted(file.name for file in one.iterdir())
