@@ -144,7 +144,15 @@ def test_what_cannot_be_compared(tmp_path):
     for name, teacher in (("one", "models/big"), ("two", "models/bigger"), ("three", None)):
         text(name, 1, teacher=teacher).save(tmp_path)
     _, rows = differences_table(compare([tmp_path]))
-    assert [row[:2] for row in rows] == [["three", "leads: byte_perplexity ↓"], ["two", "leads: byte_perplexity ↓"]]
+    seen = [["three", "leads: byte_perplexity ↓"], ["two", "leads: byte_perplexity ↓"]]
+    assert [row[:2] for row in rows] == seen
+    other = text("four", 3)
+    other.samples["leads"][3]["doc_hash"] = "another text"
+    other.save(tmp_path)
+    with pytest.raises(InputError, match="did not answer the same questions"):
+        differences_table(compare([tmp_path], "one"))
+    _, rows = differences_table(compare([tmp_path], "one"), leave_out=True)
+    assert [row[:2] for row in rows] == seen  # as a report does
 
 
 def test_texts_beside_benchmarks(tmp_path):

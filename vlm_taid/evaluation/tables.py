@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from vlm_taid.errors import InputError
 from vlm_taid.evaluation.comparison import Comparison, answers_of, compare, paired_test
 from vlm_taid.evaluation.groups import group_summaries
 from vlm_taid.evaluation.measures import difference, measures
@@ -84,11 +85,15 @@ def scores_table(comparison: Comparison) -> Rows:
     return head, rows
 
 
-def differences_table(comparison: Comparison) -> Rows:
+def differences_table(comparison: Comparison, *, leave_out: bool = False) -> Rows:
     """Head and rows: for each other model and metric the paired difference, who is better on how many rows, and p.
 
     p is the exact two-sided sign test's over the rows on which one is better: McNemar's where answers are right or
     wrong.
+
+    Args:
+        comparison: the evaluations.
+        leave_out: leave out evaluations that are not of the reference's rows, in the place of an error.
 
     Raises:
         InputError: two evaluations are not of the same rows.
@@ -103,7 +108,12 @@ def differences_table(comparison: Comparison) -> Rows:
                 continue
             if not all(measure in measures(one) for one in (base, results)):
                 continue
-            found = difference(base, results, measure, (reference, label))
+            try:
+                found = difference(base, results, measure, (reference, label))
+            except InputError:
+                if leave_out:
+                    continue
+                raise
             if found is None or found.score.value is None:
                 continue
             sign = "+" if found.score.value > 0 else ""

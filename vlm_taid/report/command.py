@@ -110,7 +110,7 @@ def _scores(comparison: Comparison) -> str:
     if comparison.shuffled:
         note += " Wrong picture: each question with another row's picture, to see how much the answers need it."
     agreement = agreement_figure(comparison).replace("<figure>", '<figure class="alone">', 1)
-    paired, differences = "", differences_table(comparison)
+    paired, differences = "", differences_table(comparison, leave_out=True)
     if differences[1]:
         note_p = "p: exact sign test over the rows on which one is better (McNemar's for right and wrong answers)."
         paired = (
