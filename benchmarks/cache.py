@@ -102,7 +102,7 @@ class StepTimes(TrainerCallback):
 def recipe(models: Path, output: Path, steps: int, rows: int, name: str, held_out: int = 0) -> Recipe:
     validation = [{"path": str(models / "held_out.jsonl"), "format": "text", "limit": held_out}]
     given = {
-        "student.path": models / "student",
+        "student.path": models / "teacher",  # the recipe prunes it
         "teacher.path": models / "teacher",
         "data.train": json.dumps([{"path": str(models / "train.jsonl"), "format": "text", "limit": rows * steps}]),
         "data.validation": json.dumps(validation if held_out else []),

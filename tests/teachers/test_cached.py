@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -73,6 +74,15 @@ def test_logits_of_low_rank_are_stored_whole():
     half = Basis.of(low_rank(200, 500, 12, seed=2), 4, 8)
     off_NB = read(StoredTokens.of(logits_NB, half, 4), half) - logits_NB.double().log_softmax(-1)
     assert 0.05 < off_NB.square().mean().sqrt() < 0.6  # 4 bits a coefficient
+
+
+def test_a_batch_without_a_token_is_read():
+    basis = Basis.of(low_rank(200, 500, 12, seed=2), 4, 8)
+    stored = StoredTokens.of(low_rank(3, 500, 12, seed=3), basis, 4)
+    empty = replace(stored, **{field.name: getattr(stored, field.name)[:0] for field in fields(stored)})
+    assert {name: tuple(part.shape) for name, part in empty.read().items()} == {
+        "coefficients_NR": (0, 12), "ids_NK": (0, 4), "added_NK": (0, 4),
+    }  # fmt: skip
 
 
 def test_the_directions_are_those_of_a_dense_svd():

@@ -206,7 +206,9 @@ class StoredTokens:
         for i in range(4 if self.high_NQ.shape[1] else 0):
             ids_NK[:, i::4] |= (self.high_NQ.astype(np.int64) >> (2 * i) & 3) << 16
         scale_N2 = self.scale_N2.astype(np.float32)
-        four_NF = np.stack([self.nibble_NH & 15, self.nibble_NH >> 4], -1).reshape(len(ids_NK), -1)
+        four_NF = np.stack([self.nibble_NH & 15, self.nibble_NH >> 4], -1).reshape(
+            len(ids_NK), 2 * self.nibble_NH.shape[1]
+        )
         coefficients = [self.coefficient_NE * scale_N2[:, 1:], (four_NF.astype(np.float32) - 8) * np.float32(NIBBLE)]
         added_NK = self.code_NK * scale_N2[:, :1] + self.least_N1
         return {
