@@ -82,6 +82,8 @@ def cache(
             f"coefficients are {coefficients[0]} and {coefficients[1]}: two even numbers are expected, the first at "
             "least 2"
         )
+    if rows_per_shard < 1:
+        raise InputError(f"rows_per_shard is {rows_per_shard}: at least 1 is needed")
     if recipe.data.streaming:
         raise InputError("a cache is of rows that have places: set data.streaming: false")
     arguments = _reduced(recipe).arguments()

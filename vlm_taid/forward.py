@@ -95,7 +95,7 @@ class PairedForward:
             call: Any = {"t": t, "temperature": temperature, "memory": self.memory}
             if training and self.chunk_rows is None:
                 self.chunk_rows = chunk_rows(self.head, target, objective, **call)
-                self.accelerator.print(f"{self.chunk_rows} answer tokens' logits at a time")
+                self.accelerator.print(f"at most {self.chunk_rows} answer tokens' logits at a time")
             call |= {"labels_N": batch["labels_N"], "diagnose": training and self.diagnose}
             output = linear_distillation(hidden_NH, self.head, target, objective, **call)
             return tuple(vars(output).values())

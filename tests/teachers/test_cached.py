@@ -229,6 +229,8 @@ def test_bad_rows_are_known(text, tmp_path, capsys):
     assert main(["cache", *given, "--output", str(tmp_path / "cache"), "--k", "8"]) == 0
     assert main(["cache", *given, "--output", str(tmp_path / "odd"), "--coefficients", "7", "8"]) == 2
     assert "coefficients are 7 and 8: two even numbers" in capsys.readouterr().err
+    assert main(["cache", *given, "--output", str(tmp_path / "odd"), "--rows_per_shard", "0"]) == 2
+    assert "rows_per_shard is 0: at least 1" in capsys.readouterr().err
     run = ["--teacher.cache", str(tmp_path / "cache"), "--training.output_dir", str(tmp_path / "run")]
     assert main(["distill", *given, *run]) == 0
     assert "1 rows were skipped" in capsys.readouterr().out

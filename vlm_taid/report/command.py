@@ -112,7 +112,10 @@ def _scores(comparison: Comparison) -> str:
     agreement = agreement_figure(comparison).replace("<figure>", '<figure class="alone">', 1)
     paired, differences = "", differences_table(comparison, leave_out=True)
     if differences[1]:
-        note_p = "p: exact sign test over the rows on which one is better (McNemar's for right and wrong answers)."
+        note_p = (
+            "p: exact sign test over the rows on which one is better (McNemar's for right and wrong answers). "
+            "Evaluations of other rows are left out."
+        )
         paired = (
             f"<h3>Differences from {escape(comparison.reference)}, row by row</h3><p>{note_p}</p>{_table(*differences)}"
         )
