@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from transformers import AutoTokenizer, GenerationConfig
 
 from tests import families, runs
 from vlm_taid.distillation import build_trainer
@@ -67,6 +68,20 @@ def test_lora_trains_adapters_alone_and_saves_an_ordinary_model(pair):
     ids = torch.arange(3, 20)[None]
     expected, merged = model(input_ids=ids).logits, load_model(ModelOptions(str(run)))(input_ids=ids).logits
     assert torch.allclose(expected, merged, atol=1e-4) and (run / "processor_config.json").is_file()
+
+
+@pytest.mark.parametrize("options", [{}, {"lora": LORA}], ids=["whole", "lora"])
+def test_saved_student_stops_at_the_end_of_turn_that_it_was_taught(tmp_path, options):
+    student = families.phi3(tmp_path / "student")  # its turns end with <|end|>, its texts with another token
+    data = families.vqa_rows(tmp_path / "data", images=False)
+    path = runs.recipe_file(tmp_path / "run.yaml", student, None, data, name="sft", max_steps=1)
+    content = yaml.safe_load(path.read_text())
+    content["student"] |= options
+    path.write_text(yaml.safe_dump(content))
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    text_end, turn_end = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")
+    assert GenerationConfig.from_pretrained(student).eos_token_id == text_end != turn_end
+    assert GenerationConfig.from_pretrained(runs.here(path)).eos_token_id == [text_end, turn_end]
 
 
 def test_lora_run_resumes(pair):

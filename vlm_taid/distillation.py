@@ -90,7 +90,7 @@ def _trained(recipe: Recipe, arguments: DistillationArguments, output: Path, che
     else:
         trainer.save_model(str(output / "adapter"))
         if trainer.is_world_process_zero():
-            save_merged(lambda: load_student(recipe.student), output / "adapter", output)
+            save_merged(lambda: _student(recipe, trainer.collator), output / "adapter", output)
             cast(Any, trainer.processing_class).save_pretrained(output)
     trainer.store_state()
     if trainer.is_world_process_zero():
@@ -123,7 +123,7 @@ def build_trainer(recipe: Recipe, arguments: DistillationArguments) -> Distillat
     """
     objective, schedule = recipe.objective.objective(), recipe.objective.schedule()
     collator = paired_collator(recipe)
-    student: Any = load_student(recipe.student)
+    student = _student(recipe, collator)
     freeze(student, recipe.student.freeze)
     check_trainable(student)
     if recipe.student.lora is not None:
@@ -187,6 +187,16 @@ def build_trainer(recipe: Recipe, arguments: DistillationArguments) -> Distillat
             f"{len(vocabulary):,} shared tokens (heads of {head_rows(student):,} and {teacher.head_rows:,} rows)"
         )
     return trainer
+
+
+def _student(recipe: Recipe, collator: PairedCollator) -> Any:
+    """The student, which ends what it generates where its rows end: a base model knows no end of turn."""
+    student = load_student(recipe.student)
+    if student.generation_config is not None:
+        known = student.generation_config.eos_token_id
+        stops = [] if known is None else known if isinstance(known, list) else [known]
+        student.generation_config.eos_token_id = [*stops, *sorted(collator.student.stop_ids - set(stops))] or None
+    return student
 
 
 def _stream(recipe: Recipe, collator: PairedCollator, arguments: DistillationArguments) -> StreamedBatches:

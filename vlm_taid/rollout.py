@@ -165,7 +165,7 @@ class Rollout:
             key: value.to(device) if isinstance(value, torch.Tensor) else value
             for key, value in encode_prompts(encoder, prompts).items()
         }
-        ends = {encoder.tokenizer.eos_token_id} | ({encoder.end_of_turn_id} if encoder.filler.templated else set())
+        ends = encoder.stop_ids
         sampling = {"do_sample": True, "temperature": self.options.temperature, "top_k": 0, "top_p": 1.0}
         settings = GenerationConfig(
             max_new_tokens=self.options.max_new_tokens,

@@ -53,8 +53,9 @@ def test_coloured_squares_score_one(tmp_path):
         datasets.Dataset.from_list(some).cast_column("image", datasets.Image()).to_parquet(tmp_path / f"{name}.parquet")
         task = TASK.replace("NAME", name).replace("DATA", str(tmp_path / f"{name}.parquet")).replace("EXTRA", extra)
         (tmp_path / f"{name}.yaml").write_text(task)
-    lmms_eval(tmp_path, model, "squares,one_is_wrong")
-    (found,) = (tmp_path / "out").rglob("*results.json")
+    printed = lmms_eval(tmp_path, model, "squares,one_is_wrong")
+    found = next((tmp_path / "out").rglob("*results.json"), None)
+    assert found is not None, printed
     results = json.loads(found.read_text())["results"]
     assert results["squares"]["exact_match,none"] == 1.0
     assert results["one_is_wrong"]["exact_match,none"] == pytest.approx(11 / 12)

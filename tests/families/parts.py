@@ -57,6 +57,8 @@ def text_sizes(vocab_size: int, width: int = 32, layers: int = 2, **more) -> dic
 
 
 def save(folder: Path, model, processor) -> str:
+    tokens = getattr(processor, "tokenizer", processor)
+    model.generation_config.update(eos_token_id=tokens.eos_token_id, pad_token_id=tokens.pad_token_id)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)

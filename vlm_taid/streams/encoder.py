@@ -135,6 +135,11 @@ class StreamEncoder:
             )
         return next(iter(self._ends))
 
+    @property
+    def stop_ids(self) -> set[int]:
+        """What ends a generated text: the tokenizer's end of text, and the template's end of turn."""
+        return {i for i in (self.tokenizer.eos_token_id, *self._ends) if i is not None}
+
     def encode(self, conversation: Conversation) -> Stream:
         """One conversation's stream.
 
