@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from tests import families, runs
+from vlm_taid.pretrained import ModelOptions, load_model, load_processor
 
 STEPS = {
     "max_steps": 5,
@@ -87,6 +88,21 @@ def test_two_ranks_hold_half_of_what_one_holds(pair):
     assert len(one) == 2 and min(one) > 10_000
     for rank in two:
         assert rank == [pytest.approx(whole / 2, rel=0.1) for whole in one]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "auto"])
+def test_sharded_teacher_is_held_in_its_own_precision(pair, tmp_path, dtype):
+    recipe, _, student = pair
+    teacher = load_model(ModelOptions(student, dtype="bfloat16"))
+    teacher.save_pretrained(tmp_path / "teacher")
+    load_processor(student).save_pretrained(tmp_path / "teacher")
+    more = {"deepspeed": runs.deepspeed_config(3), "zero_stage": 3, "max_steps": 1, "eval_strategy": "no"}
+    path = recipe(f"held_{dtype}", per_device_train_batch_size=2, **more)
+    content = yaml.safe_load(path.read_text())
+    content["teacher"] |= {"path": str(tmp_path / "teacher"), "dtype": dtype}
+    path.write_text(yaml.safe_dump(content))
+    line = (runs.launched(path, "torchrun", ranks=1) / "rank0.jsonl").read_text().splitlines()[-1]
+    assert json.loads(line)["held"][1] == pytest.approx(2 * teacher.num_parameters(), rel=0.01)
 
 
 def converted_weights_are_the_saved_ones(run: Path):

@@ -24,6 +24,9 @@ from transformers.integrations import deepspeed as hf_deepspeed
 
 from .errors import InputError
 
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""DeepSpeed's names of the half precisions."""
+
 
 @dataclass
 class ModelOptions:
@@ -136,14 +139,26 @@ def load_model(options: ModelOptions, *, revision: str | None = None, **more: An
     return model
 
 
+def precision(options: ModelOptions) -> torch.dtype:
+    """What the weights are loaded in."""
+    if options.dtype != "auto":
+        return getattr(torch, options.dtype)
+    check_folder(options.path)
+    config = AutoConfig.from_pretrained(options.path, trust_remote_code=options.trust_remote_code)
+    saved = config.dtype or config.get_text_config().dtype or torch.float32
+    return getattr(torch, saved) if isinstance(saved, str) else saved
+
+
 @contextmanager
-def loading_under(stage: int) -> Iterator[None]:
-    """What from_pretrained sees: this ZeRO stage, not that of the run."""
+def loading_under(stage: int, dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    """What from_pretrained sees: this ZeRO stage, not that of the run; at stage 3 the weights are held in ``dtype``."""
     reference = hf_deepspeed._hf_deepspeed_config_weak_ref
     run = reference() if reference is not None else None
     kept = None
     if stage == 3:  # the global is a weak reference: keep the object alive
-        kept = hf_deepspeed.HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+        precision = {key: {"enabled": True} for key, held in HALVES.items() if held == dtype}  # else it holds fp32
+        zero = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
+        kept = hf_deepspeed.HfDeepSpeedConfig(zero | precision)
     else:
         hf_deepspeed.unset_hf_deepspeed_config()
     try:

@@ -18,7 +18,7 @@ from transformers import BitsAndBytesConfig
 
 from ..errors import InputError
 from ..objectives import Head, HiddenSignal, redirected
-from ..pretrained import ModelOptions, load_model, loading_under
+from ..pretrained import HALVES, ModelOptions, load_model, loading_under, precision
 from ..streams import StreamEncoder
 from .packed import prove_packing, with_positions
 
@@ -79,7 +79,7 @@ class LiveTeacher:
 
     def __init__(self, options: TeacherOptions, device: torch.device):
         self.options = options
-        with loading_under(options.zero_stage):
+        with loading_under(options.zero_stage, precision(options)):
             self.model: Any = load_model(options, **_quantized(options, device)).requires_grad_(False).eval()
         if options.zero_stage == 3:
             self.wrapper: Any = self._sharded()
@@ -169,6 +169,6 @@ def teacher_config(options: TeacherOptions, loaded: torch.dtype) -> dict[str, An
     zero = {k: v for k, v in config.get("zero_optimization", {}).items() if k != "offload_optimizer"}
     config["zero_optimization"] = {**zero, "stage": options.zero_stage}
     config["train_micro_batch_size_per_gpu"] = 1
-    for key, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+    for key, dtype in HALVES.items():
         config[key] = {"enabled": loaded == dtype}
     return config
