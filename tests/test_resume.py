@@ -246,3 +246,17 @@ def test_t_does_not_move_in_evaluation(pair):
     run, plain = runs.here(recipe), runs.here(pair("unevaluated", max_steps=8))
     assert len(runs.metrics(run, "eval_loss")) == 8
     assert runs.metrics(run, "step", "t", "momentum") == runs.metrics(plain, "step", "t", "momentum")
+
+
+def test_resumed_run_passes_over_bad_rows_as_the_whole_one_does(pair, tmp_path):
+    """The step after the checkpoint has no answer token, and as many rows were refused by then as there are."""
+    rows = [{"question": "what is it?", "answer": answer} for answer in ("a circle", "", "", "")]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    student, teacher = families.llama(tmp_path / "student", seed=1, width=16), families.llama(tmp_path / "teacher")
+    more = {"max_steps": 8, "per_device_train_batch_size": 1, "train_sampling_strategy": "sequential"}
+    saved = {"save_strategy": "steps", "save_steps": 5, "save_total_limit": 4}
+    whole = runs.here(runs.recipe_file(tmp_path / "whole.yaml", student, teacher, str(data), **more, **saved))
+    again = {"resume": str(whole / "checkpoint-5")}
+    part = runs.here(runs.recipe_file(tmp_path / "part.yaml", student, teacher, str(data), **more, **again))
+    assert runs.metrics(part, "step", "loss") == runs.metrics(whole, "step", "loss")[5:]

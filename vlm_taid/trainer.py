@@ -277,12 +277,14 @@ class DistillationTrainer(ResumableTrainer):
         schedule = None if self.schedule is None else self.schedule.state_dict()
         temperature = None if self.temperature is None else self.temperature.state_dict()
         rollout = None if self.rollout is None else self.rollout.state_dict()
-        refused = dict(self.all_refused())
-        return {"schedule": schedule, "temperature": temperature, "rollout": rollout, "refused": refused}
+        refused, seen = dict(self.all_refused()), self.seen_tokens
+        own = {"schedule": schedule, "temperature": temperature, "rollout": rollout}
+        return own | {"refused": refused, "seen_tokens": seen}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         self.refused = Counter(state["refused"] if self.is_world_process_zero() else {})
         self.refused_rows = sum(state["refused"].values())
+        self.seen_tokens = state.get("seen_tokens", 1)  # of an older checkpoint: rows were trained on before it
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
         if self.temperature is not None:
