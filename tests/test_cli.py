@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests import families, runs
 from vlm_taid.cli import main
+from vlm_taid.data import SourceOptions
 from vlm_taid.evaluation import score_command
 from vlm_taid.pretrained import ModelOptions, load_model, load_processor
 from vlm_taid.recipe import Recipe
@@ -192,6 +193,40 @@ def test_what_the_hint_on_lists_says_is_so(recipe):
     assert (first.limit, last.path, last.limit) == (None, "more.jsonl", 3)
     (only,) = Recipe.load(recipe[0], ["--data.train", "[{path: other.jsonl, format: vqa}]"]).data.train
     assert only.path == "other.jsonl"
+
+
+def test_a_list_that_replaces_one_of_its_length_takes_nothing_from_it(recipe, capfd, tmp_path):
+    content = yaml.safe_load(recipe[0].read_text())
+    content["data"]["train"] = [{"path": "a.jsonl", "format": "llava", "limit": 5, "columns": {"image": "picture"}}]
+    recipe[0].write_text(yaml.safe_dump(content))
+    later = tmp_path / "later.yaml"
+    later.write_text("data: {train: [{path: b.jsonl, format: vqa}]}")
+    for overrides in (["--data.train", "[{path: b.jsonl, format: vqa}]"], ["--config", str(later)]):
+        assert Recipe.load(recipe[0], overrides).data.train == [SourceOptions("b.jsonl", "vqa")]
+    assert "format" in fails(capfd, "distill", "--config", recipe[0], "--data.train", "[{path: b.jsonl}]")
+    (changed,) = Recipe.load(recipe[0], ["--data.train.limit", "3"]).data.train
+    assert (changed.path, changed.limit, changed.columns) == ("a.jsonl", 3, {"image": "picture"})
+
+
+def test_a_place_that_cannot_be_written_is_named(recipe, capfd, tmp_path):
+    (tmp_path / "file").write_text("")
+    message = fails(capfd, "inspect", "--config", recipe[0], "--rows", "1", "--html", tmp_path / "file" / "x.html")
+    assert "file" in message and "directory" in message.lower()
+
+
+def test_an_empty_file_a_model_that_is_not_there_and_no_gpu(recipe, capfd, tmp_path):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    data = f"[{{path: {empty}, format: vqa}}]"
+    assert "empty.jsonl: the file is empty" in fails(capfd, "inspect", "--config", recipe[0], "--data.train", data)
+    message = fails(capfd, "inspect", "--config", recipe[0], "--student.path", "models/nowhere")
+    assert "there is no such folder here, so it was looked for on the hub" in message
+    assert "--gpus is 0" in fails(capfd, "plan", "--config", recipe[0], "--gpus", "0")
+
+
+def test_eval_help_names_the_commands(capsys):
+    assert main(["eval", "--help"]) == 0
+    assert "vlm-taid eval compare" in capsys.readouterr().out
 
 
 def test_unknown_command(capfd):

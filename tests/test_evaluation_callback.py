@@ -79,6 +79,10 @@ def test_what_cannot_be_evaluated_is_named(fitted, tmp_path, capsys):
     assert main(["distill", "--config", str(file)]) == 2
     message = capsys.readouterr().err
     assert "squares, row 8" in message and "gone.png" in message
+    gone = recipe(tmp_path / "gone.yaml", fitted, {"data": {"squares": "gone.jsonl"}, "every": 2})
+    assert main(["distill", "--config", str(gone)]) == 2
+    captured = capsys.readouterr()
+    assert "gone.jsonl" in captured.err and "'loss'" not in captured.out + captured.err  # before the first step
     for evaluation, training, expected in (
         ({"every": 0}, {}, "evaluation.every is 0"),
         ({"data": {}}, {}, "evaluation.data is empty"),

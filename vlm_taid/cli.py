@@ -153,6 +153,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:  # an optimizer, a log back end or an attention that is not installed
         print(f"vlm-taid {command}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.filename is None:  # no file of the user's, but a socket or a library
+            raise
+        print(f"vlm-taid {command}: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except InputError as error:
         # an error of a DataLoader worker comes with the worker's traceback in front
         message = str(error).rsplit("vlm_taid.errors.BadRow: ", 1)[-1].strip()

@@ -62,10 +62,18 @@ class EvaluationCallback(TrainerCallback):
     Args:
         options: EvaluationOptions.
         trainer: whose student answers, and who logs.
+
+    Raises:
+        InputError: a file cannot be read, or its first row not be asked or scored.
     """
 
     def __init__(self, options: EvaluationOptions, trainer: DistillationTrainer):
         self.options, self.trainer, self.tasks = options, trainer, options.tasks()
+        for task in self.tasks:  # a wrong path or column is found before the run, not at its first evaluation
+            rows = task.rows()
+            name, _, first = rows.columns(0)
+            task.references(first, name)
+            rows[0]
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.options.every == 0 or state.global_step >= state.max_steps:

@@ -6,10 +6,12 @@ import argparse
 import difflib
 import re
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_origin
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from jsonargparse._loaders_dumpers import get_yaml_default_loader
+from jsonargparse._typehints import ActionTypeHint
+from jsonargparse._util import NestedArg
 
 from .errors import InputError
 
@@ -17,6 +19,18 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 for _letter in "yYnNoO":  # in a recipe, "save_strategy: no" is a word, as in YAML 1.2, and not False
     _resolvers = get_yaml_default_loader().yaml_implicit_resolvers
     _resolvers[_letter] = [item for item in _resolvers.get(_letter, []) if item[0] != "tag:yaml.org,2002:bool"]
+
+_check_type = ActionTypeHint._check_type
+
+
+def _check_whole_lists(self, value, append=False, cfg=None, mode=None):
+    """A list replaces the one before it; jsonargparse fills its entries from an earlier list of the same length."""
+    if get_origin(self._typehint) is list and not append and not isinstance(value, NestedArg):
+        cfg = None
+    return _check_type(self, value, append, cfg, mode)
+
+
+ActionTypeHint._check_type = _check_whole_lists
 
 
 class Parser(ArgumentParser):

@@ -173,6 +173,8 @@ def plan(
         InputError: a config cannot be read, or there are several teachers.
     """
     training = recipe.training
+    if machine.gpus < 1:
+        raise InputError(f"--gpus is {machine.gpus}: at least 1 is needed")
     if recipe.teachers:
         raise InputError(
             "plan counts one teacher: give teacher in the place of teachers, with their parameters together"

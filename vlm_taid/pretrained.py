@@ -67,7 +67,8 @@ def load_processor(
         if not isinstance(processor, ProcessorMixin):
             processor = AutoTokenizer.from_pretrained(path, **settings)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no processor or tokenizer can be loaded: {first_line(error)}") from error
+        where = "" if Path(path).exists() else "; there is no such folder here, so it was looked for on the hub"
+        raise InputError(f"{path}: no processor or tokenizer can be loaded: {first_line(error)}{where}") from error
     if image_settings:
         _set_images(path, processor, image_settings)
     return processor

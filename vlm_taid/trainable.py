@@ -143,6 +143,6 @@ def _parts(model: nn.Module) -> str:
     names = [
         name
         for name, child in model.named_modules()
-        if 0 < name.count(".") + 1 <= 2 and next(child.parameters(), None) is not None
+        if name and name.count(".") <= 1 and next(child.parameters(), None) is not None
     ]
     return ", ".join(names)

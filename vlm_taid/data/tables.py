@@ -241,6 +241,8 @@ def _load(path: Path, options: SourceOptions) -> datasets.Dataset:
 def cannot_be_loaded(origin: Origin, error: Exception) -> InputError:
     """The error to raise where `datasets` fails."""
     cause = error.__cause__ or error if isinstance(error, DatasetGenerationError) else error
+    if origin.path.is_file() and not origin.path.stat().st_size:
+        return InputError(f"{origin.label}: the file is empty")
     where = "" if origin.path.exists() else " It is no file or folder here, so it was looked for on the hub."
     return InputError(f"{origin.label} cannot be loaded: {str(cause).rstrip('.')}.{where}")
 

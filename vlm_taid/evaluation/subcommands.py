@@ -31,6 +31,11 @@ def eval_command(arguments: Sequence[str]) -> None:
         InputError: no such command or option, or what the command raises.
     """
     name = arguments[0] if arguments else ""
+    if name in ("-h", "--help"):
+        for known, command in COMMANDS.items():
+            print(f"vlm-taid eval {known:<8} {(command.__doc__ or '').splitlines()[0]}")
+        print("\nvlm-taid eval COMMAND --help lists a command's options.")
+        return
     if name not in COMMANDS:
         raise InputError(
             f"eval has these commands: {', '.join(f'eval {known}' for known in COMMANDS)}; --help tells more"
