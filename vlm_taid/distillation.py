@@ -78,7 +78,12 @@ def _trained(recipe: Recipe, arguments: DistillationArguments, output: Path, che
         (output / DONE).unlink(missing_ok=True)
         recipe.save(output / "recipe.yaml")
     trainer.stop_on_sigterm()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except ValueError as error:
+        if "DeepSpeed config values" in str(error):  # batch sizes, learning rate: transformers lists those that differ
+            raise InputError(f"training.deepspeed: {error}") from error
+        raise
     _report_refused(trainer, output)
     if trainer.stopped and trainer.state.global_step < trainer.state.max_steps:
         trainer.accelerator.print(

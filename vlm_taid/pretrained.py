@@ -67,11 +67,16 @@ def load_processor(
         if not isinstance(processor, ProcessorMixin):
             processor = AutoTokenizer.from_pretrained(path, **settings)
     except (OSError, ValueError) as error:
-        where = "" if Path(path).exists() else "; there is no such folder here, so it was looked for on the hub"
-        raise InputError(f"{path}: no processor or tokenizer can be loaded: {first_line(error)}{where}") from error
+        raise InputError(
+            f"{path}: no processor or tokenizer can be loaded: {first_line(error)}{_where(path)}"
+        ) from error
     if image_settings:
         _set_images(path, processor, image_settings)
     return processor
+
+
+def _where(path: str | Path) -> str:
+    return "" if Path(path).exists() else " There is no such folder here, so it was looked for on the hub."
 
 
 def _settings(trust_remote_code: bool, revision: str | None) -> dict[str, Any]:
@@ -131,7 +136,9 @@ def load_model(options: ModelOptions, *, revision: str | None = None, **more: An
             **more,
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise InputError(f"{options.path}: the model cannot be loaded: {first_line(error)}") from error
+        raise InputError(
+            f"{options.path}: the model cannot be loaded: {first_line(error)}{_where(options.path)}"
+        ) from error
     if missing := sorted(info["missing_keys"]):
         raise InputError(
             f"{options.path}: the weights lack {len(missing)} tensors of the model, the first is {missing[0]}: "

@@ -214,6 +214,9 @@ class Recipe:
         if training.get("eval_strategy", "no") != "no" and not self.data.validation:
             raise InputError("training.eval_strategy is set and data.validation is empty: give at least one source")
         self._check_order()
+        for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            if training.get(key, 1) < 1:
+                raise InputError(f"training.{key} is {training[key]}: at least 1 is needed")
         if training.get("label_smoothing_factor"):
             raise InputError("training.label_smoothing_factor has no meaning here: the objective makes the targets")
         if training.get("resume_from_checkpoint"):

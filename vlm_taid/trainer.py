@@ -104,6 +104,7 @@ class DistillationTrainer(ResumableTrainer):
         self.card: Callable[[], str] | None = None  # makes the README.md of each saved model
         self.refused: Counter[str] = Counter()  # messages of this rank's refused rows
         self.refused_rows = self.seen_tokens = 0  # over all ranks
+        self.steps_here = 0  # optimizer steps of this process; a resumed run has more
         self.diagnostics = diagnostic_names(teacher is not None) if diagnostics else ()
         self.paired_forward = PairedForward(
             self.accelerator, collator, teacher, temperature=temperature, memory=memory, diagnose=diagnostics
@@ -142,9 +143,10 @@ class DistillationTrainer(ResumableTrainer):
         self.stopped = stop > 0
         self.refused_rows += int(refused)
         self.seen_tokens += int(tokens)
-        if self.seen_tokens == 0 and self.refused_rows >= min(
-            100, 100 if self.stream else len(cast(Sized, self.train_dataset))
-        ):
+        self.steps_here += 1
+        enough = min(100, 100 if self.stream else len(cast(Sized, self.train_dataset)))
+        whole_run = self.steps_here == self.state.max_steps
+        if self.seen_tokens == 0 and self.refused_rows and (whole_run or self.refused_rows >= enough):
             raise InputError(f"no row can be trained on; the first refused: {next(iter(self.refused), 'another rank')}")
         self._step_tokens = tokens
         self._window.add_pairing(pairing)
