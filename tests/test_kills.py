@@ -1,7 +1,7 @@
 """A run that is interrupted ten times at random moments ends bit for bit as one that never was.
 
-It accumulates, packs, streams with data workers, and runs on two ranks. The seed of the moments is printed; KILLS_SEED
-sets it.
+It accumulates, packs, streams with data workers, and runs on two ranks, under ZeRO-2 and under DDP. The seed of the
+moments is printed; KILLS_SEED sets it.
 """
 
 import json
@@ -155,7 +155,9 @@ def interrupted(recipe: Path, launcher: str, moment: Moment) -> str:
         time.sleep(0.05)
     said, kept = log.read_text(), checkpoint_of(run)
     if moment.number == signal.SIGTERM and moment.at != "starting":
-        assert f"stopped by SIGTERM after step {kept}:" in said and "Traceback" not in said, said[-4000:]
+        assert f"stopped by SIGTERM after step {kept}:" in said, said[-4000:]
+        of_its_own = launcher == "torchrun" and victim is parent  # it ends by raising SignalException
+        assert of_its_own or "Traceback" not in said, said[-4000:]
         assert kept > begun and (victim is parent or status == 0)
     name, left = f"rank {moment.victim}", ", .partial left" if (run / PARTIAL).is_dir() else ""
     return (
@@ -214,7 +216,7 @@ def equal(run: Path, reference: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("launcher", ["deepspeed"])
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_interrupted_ten_times(recipe, launcher):
     seed = int(os.environ.get("KILLS_SEED") or random.SystemRandom().randrange(10**6))
     print(f"\n{launcher}: KILLS_SEED={seed}")
