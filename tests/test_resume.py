@@ -229,6 +229,8 @@ def test_private_methods_of_the_trainer_are_still_there():
 
     for name in (
         "_save_checkpoint",
+        "_load_optimizer_and_scheduler",
+        "create_accelerator_and_postprocess",
         "_init_training_state",
         "_get_output_dir",
         "get_batch_samples",

@@ -127,8 +127,14 @@ def test_fsdp2_equals_one_process(pair):
     launcher, wrapper = runs.SETTINGS["fsdp2"]
     run = runs.launched(pair[0]("fsdp2", {}, **wrapper, per_device_train_batch_size=2), launcher)
     for ours, theirs in zip(*(runs.metrics(r, "loss", "kl", "t", "grad_norm") for r in (run, reference)), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5)
+        assert ours == pytest.approx(theirs, rel=1e-4)
     assert runs.update_off(run, reference, pair[1]) < 1e-4
+
+
+def test_fsdp_that_would_save_no_model_is_refused(pair):
+    sharded = {"fsdp": "full_shard", "fsdp_config": runs.FSDP2 | {"state_dict_type": "SHARDED_STATE_DICT"}}
+    with pytest.raises(InputError, match="must be FULL_STATE_DICT"):
+        Recipe.load(pair[0]("sharded", {}, **sharded)).arguments()
 
 
 @pytest.mark.slow
@@ -137,6 +143,7 @@ def test_fsdp2_run_resumes(pair):
     more = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch"}
     recipe = pair[0]("fsdp2_resumed", {}, **(wrapper | more), per_device_train_batch_size=2)
     run = runs.launched(recipe, launcher)
+    assert (run / "checkpoint-6" / "pytorch_model_fsdp.bin").is_file()  # it was FSDP: accelerate leaves it off on CPUs
     reference = runs.loaded(run)
     lines = runs.metrics(run, "step", "loss", "t")
     shutil.rmtree(run / "checkpoint-6")

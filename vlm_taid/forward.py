@@ -90,15 +90,17 @@ class PairedForward:
         # plain tuples of tensors leave the wrappers: their backward hooks see nothing else
         def at_the_head(hidden_NH: Tensor) -> tuple[Tensor | None, ...]:
             assert self.head is not None
+            output = student.get_output_embeddings()  # its weight is whole here
+            head = replace(self.head, weight=output.weight, bias=getattr(output, "bias", None))
             training = torch.is_grad_enabled()
             temperature = self.temperature.value if objective.name == "ctkd" and self.temperature else None
             call: Any = {"t": t, "temperature": temperature, "memory": self.memory}
             if training and self.chunk_rows is None:
-                self.chunk_rows = chunk_rows(self.head, target, objective, **call)
+                self.chunk_rows = chunk_rows(head, target, objective, **call)
                 self.accelerator.print(f"at most {self.chunk_rows} answer tokens' logits at a time")
             call |= {"labels_N": batch["labels_N"], "diagnose": training and self.diagnose}
-            output = linear_distillation(hidden_NH, self.head, target, objective, **call)
-            return tuple(vars(output).values())
+            found = linear_distillation(hidden_NH, head, target, objective, **call)
+            return tuple(vars(found).values())
 
         def forward() -> tuple[Tensor | None, ...]:
             if self.head is None:
@@ -107,7 +109,6 @@ class PairedForward:
                     prove_packing(student, self.collator.student, hidden_at)
             hidden_NH = hidden_at(student, batch["student"], batch["student_rows_N"])
             output = student.get_output_embeddings()
-            self.head = replace(self.head, weight=output.weight, bias=getattr(output, "bias", None))
             return redirected(output, output, at_the_head, hidden_NH)
 
         with self.accelerator.autocast(), gathered:

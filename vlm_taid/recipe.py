@@ -275,6 +275,11 @@ class Recipe:
         config = arguments.hf_deepspeed_config if wants_deepspeed else None
         if config is not None and config.is_zero3() and not config.get_value(GATHER):
             raise InputError(f"training.deepspeed: ZeRO-3 needs {GATHER}: true, or no model would be saved at the end")
+        if "SHARDED" in str((arguments.fsdp_plugin_args or {}).get("state_dict_type")).upper():
+            raise InputError(
+                "training.fsdp_config: state_dict_type must be FULL_STATE_DICT (the default), or no model would be "
+                "saved at the end"
+            )
         if wants_deepspeed and not deepspeed.comm.is_initialized():  # from_pretrained shards under ZeRO-3
             deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
         return arguments

@@ -11,7 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import DistributedType, PartialState
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -76,6 +79,13 @@ class ResumableTrainer(Trainer, ABC):
         total: Any = self.accelerator.reduce(values, "sum")
         return total
 
+    def create_accelerator_and_postprocess(self) -> None:
+        shared = PartialState._shared_state
+        if self.args.fsdp and shared["distributed_type"] == DistributedType.MULTI_CPU:
+            # accelerate turns FSDP on for accelerators alone; on CPUs it would be DDP without a word
+            shared["distributed_type"] = DistributedType.MULTI_GPU
+        super().create_accelerator_and_postprocess()
+
     def _init_training_state(
         self, max_steps: Any, steps_per_epoch: Any, epochs: Any, resume_from_checkpoint: Any, trial: Any
     ):
@@ -94,6 +104,18 @@ class ResumableTrainer(Trainer, ABC):
         model = self.model if model is None else model
         if self.is_fsdp_enabled or not _take_weights(model, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.accelerator.is_fsdp2:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        # as accelerate does, but not strictly: a tower's layers that are never run have no state
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        model: Any = self.model
+        optimizer: Any = self.optimizer
+        state = torch.load(Path(checkpoint) / "optimizer.bin", map_location="cpu", mmap=True, weights_only=True)
+        set_optimizer_state_dict(model, optimizer, state, options=options)
+        schedule: Any = self.lr_scheduler
+        schedule.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
 
     def _load_best_model(self) -> None:
         best = str(self.state.best_model_checkpoint)

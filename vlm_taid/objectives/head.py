@@ -90,18 +90,9 @@ class Head:
         forms = [plain] + [replace(plain, scale=scale) for scale in scales]
         forms += [replace(plain, softcap=softcap)] if softcap else []
 
-        def errors(hidden_TH: Tensor) -> list[float]:
-            size = own_TV.abs().max().clamp_min(1e-6)
-            tiles = [slice(start, start + TILE) for start in range(0, own_TV.shape[-1], TILE)]  # no whole fp32 copy
-
-            def error(form: Head, tile: slice) -> float:
-                return float((replace(form, columns=tile)(hidden_TH) - own_TV[:, tile]).abs().max() / size)
-
-            return [max(error(form, tile) for tile in tiles) for form in forms]
-
-        amplify = 3.0 * (softcap or 10.0)
-        hidden_TH, own_TV = _own_logits(model, amplify)
-        found = redirected(output, output, errors, hidden_TH)
+        raw_TV, own_TV = _raw_and_own_logits(model, plain, 3.0 * (softcap or 10.0))
+        size = own_TV.abs().max().clamp_min(1e-6)
+        found = [float((form.curve(raw_TV.clone()) - own_TV).abs().max() / size) for form in forms]
         best = min(range(len(forms)), key=found.__getitem__)
         tolerance = 1e-3 if own_TV.dtype == torch.float32 else 3e-2
         if not found[best] <= tolerance:
@@ -171,27 +162,42 @@ def as_slice(columns_C: Tensor) -> Tensor | slice:
 
 
 @torch.no_grad()
-def _own_logits(model: Any, amplify: float) -> tuple[Tensor, Tensor]:
-    """The hidden states [T, H] of a short input, amplified, and the logits [T, V] that the model makes of them."""
-    kept: list[Tensor] = []
+def _raw_and_own_logits(model: Any, plain: Head, amplify: float) -> tuple[Tensor, Tensor]:
+    """Of a short input, amplified: the head's products [T, V] in fp32, and the logits [T, V] that the model gives.
+
+    The products are made where the model calls its head: there its weight is whole, and under FSDP a head that is
+    called once more than the norm with which it is grouped would no longer be gathered in time.
+    """
+    output, kept = model.get_output_embeddings(), []
+    own_forward, had_one = output.forward, "forward" in output.__dict__
 
     def amplified(module, args, output):
         hidden = output.last_hidden_state
         output.last_hidden_state = hidden * (amplify / hidden.norm(dim=-1, keepdim=True).mean().clamp_min(1e-6))
-        kept.append(output.last_hidden_state[0])
         return output
+
+    def with_products(hidden_BTH: Tensor) -> Tensor:
+        head = replace(plain, weight=output.weight, bias=getattr(output, "bias", None))
+        tiles = [slice(start, start + TILE) for start in range(0, len(output.weight), TILE)]  # no whole fp32 copy
+        kept.append(torch.cat([replace(head, columns=tile)(hidden_BTH[0]) for tile in tiles], -1))
+        return own_forward(hidden_BTH)
 
     device = next(model.parameters()).device
     ids_BT = torch.arange(3, 3 + 6, device=device)[None]
     modes = [(module, module.training) for module in model.modules()]  # some parts may be kept in eval mode
     hook = model.base_model.register_forward_hook(amplified)
+    output.forward = with_products
     try:
         model.eval()
         own_TV = model.forward(input_ids=ids_BT, use_cache=False).logits[0]
     finally:
         hook.remove()
+        if had_one:
+            output.forward = own_forward
+        else:
+            del output.forward
         for module, training in modes:
             module.training = training
     if not kept:
-        raise InputError(f"{type(model).__name__}: its forward goes round its backbone, so its head cannot be proven")
+        raise InputError(f"{type(model).__name__}: its forward does not call its language head, so it cannot be proven")
     return kept[0], own_TV
