@@ -22,6 +22,7 @@ from .objectives import (
     chunk_rows,
     linear_distillation,
     redirected,
+    weight_and_bias,
 )
 from .streams import PairedBatch, PairedCollator
 from .teachers import CachedTeacher, LiveTeacher, SeveralTeachers, prove_packing
@@ -80,18 +81,20 @@ class PairedForward:
         """
         outer: Any = self.accelerator.unwrap_model(model)
         student = without_adapters(outer)
-        target, gathered = None, nullcontext()
+        target, gathered = None, nullcontext
         if self.head is None and self.collator.options.packing and self.teacher is not None:
             self.teacher.prove_packing(self.collator.teacher or self.collator.student)
         if self.teacher is not None and objective.uses_teacher:
             target = self.teacher.signal(batch)
-            gathered = self.teacher.gathered()
+            gathered = self.teacher.gathered
+
+        module: Any = student.get_output_embeddings()
 
         # plain tuples of tensors leave the wrappers: their backward hooks see nothing else
         def at_the_head(hidden_NH: Tensor) -> tuple[Tensor | None, ...]:
-            assert self.head is not None
-            output = student.get_output_embeddings()  # its weight is whole here
-            head = replace(self.head, weight=output.weight, bias=getattr(output, "bias", None))
+            weight, bias = weight_and_bias(module)  # whole here
+            assert self.head is not None and weight is not None
+            head = replace(self.head, weight=weight, bias=bias)
             training = torch.is_grad_enabled()
             temperature = self.temperature.value if objective.name == "ctkd" and self.temperature else None
             call: Any = {"t": t, "temperature": temperature, "memory": self.memory}
@@ -99,8 +102,9 @@ class PairedForward:
                 self.chunk_rows = chunk_rows(head, target, objective, **call)
                 self.accelerator.print(f"at most {self.chunk_rows} answer tokens' logits at a time")
             call |= {"labels_N": batch["labels_N"], "diagnose": training and self.diagnose}
-            found = linear_distillation(hidden_NH, head, target, objective, **call)
-            return tuple(vars(found).values())
+            with gathered():  # no longer than it takes: beside a student's forward, its head is large
+                output = linear_distillation(hidden_NH, head, target, objective, **call)
+            return tuple(vars(output).values())
 
         def forward() -> tuple[Tensor | None, ...]:
             if self.head is None:
@@ -108,8 +112,7 @@ class PairedForward:
                 if self.collator.options.packing:
                     prove_packing(student, self.collator.student, hidden_at)
             hidden_NH = hidden_at(student, batch["student"], batch["student_rows_N"])
-            output = student.get_output_embeddings()
-            return redirected(output, output, at_the_head, hidden_NH)
+            return redirected(module, module, at_the_head, hidden_NH)
 
-        with self.accelerator.autocast(), gathered:
+        with self.accelerator.autocast():
             return LinearDistillationOutput(*redirected(model, outer, forward))

@@ -2,7 +2,7 @@
 
 from .diagnostics import diagnostic_names
 from .divergences import per_token
-from .head import Head, as_slice, redirected
+from .head import Head, as_slice, redirected, weight_and_bias
 from .linear import MEMORY, LinearDistillationOutput, chunk_rows, linear_distillation
 from .measures import Measures, measure
 from .objective import FKL, OBJECTIVES, Objective
@@ -31,4 +31,5 @@ __all__ = [
     "measure",
     "per_token",
     "redirected",
+    "weight_and_bias",
 ]

@@ -43,6 +43,16 @@ def redirected(wrapper: nn.Module, module: nn.Module, function: Callable[..., An
             restore()
 
 
+def weight_and_bias(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """A module's own parameters of these names, not read as attributes.
+
+    ZeRO-3 takes a sharded attribute that is read in a model's forward for one that this forward needs: from then on it
+    would gather the head before each forward and hold it to its end.
+    """
+    found = dict(module.named_parameters(recurse=False))
+    return found.get("weight"), found.get("bias")
+
+
 @dataclass(frozen=True)
 class Head:
     """A language head: ``softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)``, cut to ``columns``.
@@ -79,14 +89,15 @@ class Head:
         Raises:
             InputError: no form of head that is known here gives the model's logits.
         """
-        output = model.get_output_embeddings()
-        if output is None or getattr(output, "weight", None) is None:
+        output: Any = model.get_output_embeddings()
+        weight, bias = (None, None) if output is None else weight_and_bias(output)
+        if weight is None:
             raise InputError(f"{type(model).__name__} has no language head (get_output_embeddings() is None)")
         config = model.config.get_text_config()
         softcap = getattr(config, "final_logit_softcapping", None)
         scales = [1.0 / value for value in [getattr(config, "logits_scaling", None)] if value]
         scales += [value for value in [getattr(config, "logit_scale", None)] if value]
-        plain = cls(output.weight, getattr(output, "bias", None))
+        plain = cls(weight, bias)
         forms = [plain] + [replace(plain, scale=scale) for scale in scales]
         forms += [replace(plain, softcap=softcap)] if softcap else []
 
@@ -177,8 +188,10 @@ def _raw_and_own_logits(model: Any, plain: Head, amplify: float) -> tuple[Tensor
         return output
 
     def with_products(hidden_BTH: Tensor) -> Tensor:
-        head = replace(plain, weight=output.weight, bias=getattr(output, "bias", None))
-        tiles = [slice(start, start + TILE) for start in range(0, len(output.weight), TILE)]  # no whole fp32 copy
+        weight, bias = weight_and_bias(output)
+        assert weight is not None
+        head = replace(plain, weight=weight, bias=bias)
+        tiles = [slice(start, start + TILE) for start in range(0, len(weight), TILE)]  # no whole fp32 copy
         kept.append(torch.cat([replace(head, columns=tile)(hidden_BTH[0]) for tile in tiles], -1))
         return own_forward(hidden_BTH)
 

@@ -85,8 +85,12 @@ class LiveTeacher:
             self.wrapper: Any = self._sharded()
         else:
             self.wrapper = self.model if options.quantize else self.model.to(device)
+
+        def prove() -> None:  # a weight that a forward gives back, ZeRO-3 would gather for each one
+            self.head = Head.of(self.model)
+
         with torch.no_grad():
-            self.head = redirected(self.wrapper, self.model, lambda: Head.of(self.model))
+            redirected(self.wrapper, self.model, prove)
 
     def _sharded(self) -> Any:
         import deepspeed
