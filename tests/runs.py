@@ -68,6 +68,13 @@ def here(recipe: Path) -> Path:
     return distill(Recipe.load(recipe))
 
 
+def free_port() -> str:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 def command(
     recipe: Path,
     launcher: str | None,
@@ -76,9 +83,7 @@ def command(
     arguments: Sequence[str] = ("distill",),
 ) -> list[str]:
     """The command line; torchrun's ranks, or those of ``module`` tests.each_rank, tell what they hold."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     arguments = [*arguments, "--config", str(recipe)]
     binary = Path(sys.executable).parent
     if launcher == "deepspeed":
