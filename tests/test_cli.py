@@ -105,7 +105,7 @@ def test_failing_run_with_workers_exits(recipe):
     rewrite(data, 1, answer=" ")
     arguments = ["--training.dataloader_num_workers", "1", "--training.seed", "3"]
     command = [*runs.command(path, None), *arguments, "--training.max_steps", "40"]
-    ended = subprocess.run(command, timeout=60, capture_output=True, text=True)
+    ended = subprocess.run(command, timeout=runs.LIMIT, capture_output=True, text=True)
     assert ended.returncode == 2 and "Error" not in ended.stderr
     assert f"{data}:2" in ended.stderr and "answer" in ended.stderr
 
@@ -131,6 +131,8 @@ def test_long_row_is_named_and_never_cut(recipe, capfd):
     "arguments, expected",
     [
         (["--training.max_step", "3"], "training.max_steps"),
+        (["--training.report_to", "clearmll"], "training.report_to: clearmll is not installed (pip install clearmll)"),
+        (["--training.gradient_accumulation_steps", "0"], "training.gradient_accumulation_steps is 0: at least 1"),
         (["--training.learning_rat", "1"], "training.learning_rate"),
         (["--objective.t_strat", "0.4"], "objective.t_start"),
         (["--data.max_len", "4"], "data.max_length"),

@@ -13,6 +13,7 @@ import deepspeed
 import torch
 import yaml
 from jsonargparse import Namespace
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from .data import DataOptions
 from .errors import InputError
@@ -271,6 +272,9 @@ class Recipe:
             arguments = DistillationArguments(**{**self.training, **on_cpu})
         except (ValueError, ImportError) as error:
             raise InputError(f"training: {error}") from error
+        for name in arguments.report_to or []:
+            if name not in get_available_reporting_integrations():
+                raise InputError(f"training.report_to: {name} is not installed (pip install {name}), or is unknown")
         arguments._n_gpu = min(arguments.n_gpu, 1)  # one process drives one GPU: more come by a launcher
         config = arguments.hf_deepspeed_config if wants_deepspeed else None
         if config is not None and config.is_zero3() and not config.get_value(GATHER):
