@@ -127,7 +127,8 @@ def test_fsdp2_equals_one_process(pair):
     launcher, wrapper = runs.SETTINGS["fsdp2"]
     run = runs.launched(pair[0]("fsdp2", {}, **wrapper, per_device_train_batch_size=2), launcher)
     for ours, theirs in zip(*(runs.metrics(r, "loss", "kl", "t", "grad_norm") for r in (run, reference)), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4)
+        assert ours[:3] == pytest.approx(theirs[:3], rel=1e-5)
+        assert ours[3] == pytest.approx(theirs[3], rel=1e-4)  # sharded gradients are summed in another order
     assert runs.update_off(run, reference, pair[1]) < 1e-4
 
 

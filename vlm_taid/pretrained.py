@@ -151,8 +151,10 @@ def precision(options: ModelOptions) -> torch.dtype:
     """What the weights are loaded in."""
     if options.dtype != "auto":
         return getattr(torch, options.dtype)
-    check_folder(options.path)
-    config = AutoConfig.from_pretrained(options.path, trust_remote_code=options.trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(options.path, trust_remote_code=options.trust_remote_code)
+    except (OSError, ValueError):  # load_model says what is wrong
+        return torch.float32
     saved = config.dtype or config.get_text_config().dtype or torch.float32
     return getattr(torch, saved) if isinstance(saved, str) else saved
 
@@ -164,9 +166,9 @@ def loading_under(stage: int, dtype: torch.dtype = torch.float32) -> Iterator[No
     run = reference() if reference is not None else None
     kept = None
     if stage == 3:  # the global is a weak reference: keep the object alive
-        precision = {key: {"enabled": True} for key, held in HALVES.items() if held == dtype}  # else it holds fp32
+        half = {key: {"enabled": True} for key, held in HALVES.items() if held == dtype}  # else it holds fp32
         zero = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
-        kept = hf_deepspeed.HfDeepSpeedConfig(zero | precision)
+        kept = hf_deepspeed.HfDeepSpeedConfig(zero | half)
     else:
         hf_deepspeed.unset_hf_deepspeed_config()
     try:
