@@ -2,7 +2,8 @@
 
 from .alignment import Alignment, align
 from .answers import Answer
-from .collator import Pack, PairedBatch, PairedCollator, TeacherRow
+from .batch import PairedBatch
+from .collator import Pack, PairedCollator, TeacherRow
 from .encoder import Stream, StreamEncoder, same_processing, serialised
 from .packing import best_fit, packed
 from .prompts import encode_prompts

@@ -1,6 +1,6 @@
 """PairedCollator: conversations become a PairedBatch, in the DataLoader's workers.
 
-Legend: B rows, T positions, N paired answer tokens.
+Legend: T positions, N paired answer tokens.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from PIL import Image
 from ..data import Conversation, DataOptions
 from ..errors import BadRow
 from .alignment import Alignment, align
+from .batch import PairedBatch
+from .blocks import joining
 from .encoder import EncodedBatch, Stream, StreamEncoder
 from .packing import packed
 from .vocabulary import SharedVocabulary
@@ -37,44 +39,6 @@ class TeacherRow:
     ids_T: torch.Tensor
     positions_N: Sequence[int]
     images: Sequence[Image.Image]
-
-
-class PairedBatch(dict):
-    """A batch for both models: a dict that moves between devices with its sharing intact.
-
-    Keys:
-        student, teacher: padded model inputs (``input_ids`` [B, T], ...); the same object when the two models read
-            the same tensors; ``teacher`` is None without one, and where its signals are ``stored``.
-        student_rows_N, teacher_rows_N: predicting positions as indices into [B * T].
-        labels_N: the student's ids of the next tokens.
-        stored: what ``PairedCollator.stored`` gave for the rows; an empty dict without one.
-        row_of_N: each answer token's row, as its place in what the collator was given.
-        num_rows: rows that the collator was given.
-        rows: of each row that is in, its place in its dataset (``Conversation.index``).
-        refused: messages of the rows left out.
-        pairing: rows, sum of their content shares, first tokens unpaired, sum of identical-next shares (``Alignment``).
-    """
-
-    def to(self, device: Any, non_blocking: bool = False) -> PairedBatch:
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> PairedBatch:
-        return self._each(torch.Tensor.pin_memory)
-
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PairedBatch:
-        moved: dict[int, Any] = {}
-
-        def move(value: Any) -> Any:
-            if id(value) not in moved:
-                if isinstance(value, torch.Tensor):
-                    moved[id(value)] = change(value)
-                elif isinstance(value, dict):
-                    moved[id(value)] = {key: move(item) for key, item in value.items()}
-                else:
-                    moved[id(value)] = value
-            return moved[id(value)]
-
-        return PairedBatch({key: move(value) for key, value in self.items()})
 
 
 class PairedCollator:
@@ -111,6 +75,10 @@ class PairedCollator:
         """Raises:
         BadRow: a row cannot be used and ``on_bad_row`` is ``error``.
         """
+        with joining():
+            return self._collated(conversations)
+
+    def _collated(self, conversations: Sequence[Conversation | BadRow | Pack]) -> PairedBatch:
         packs = [row for row in conversations if isinstance(row, list)]
         pack_of = [number for number, pack in enumerate(packs) for _ in pack]
         if packs:
