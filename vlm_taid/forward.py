@@ -69,7 +69,7 @@ class PairedForward:
                 teacher.share(theirs, shared.teacher_rest_R.to(device))
 
     def __call__(
-        self, model: Any, batch: PairedBatch, objective: Objective, t: float | None
+        self, model: Any, batch: PairedBatch, objective: Objective, t: float | None, *, scale: float = 1.0
     ) -> LinearDistillationOutput:
         """The losses of a batch's answer tokens [N], on its device.
 
@@ -78,6 +78,7 @@ class PairedForward:
             batch: on the student's device.
             objective: what the student is held against.
             t: TAID's.
+            scale: what ``loss_N`` and its gradient are multiplied by.
         """
         outer: Any = self.accelerator.unwrap_model(model)
         student = without_adapters(outer)
@@ -102,6 +103,7 @@ class PairedForward:
                 self.chunk_rows = chunk_rows(head, target, objective, **call)
                 self.accelerator.print(f"at most {self.chunk_rows} answer tokens' logits at a time")
             call |= {"labels_N": batch["labels_N"], "diagnose": training and self.diagnose}
+            call["weights_N"] = torch.full((len(hidden_NH),), scale, dtype=torch.float32, device=hidden_NH.device)
             with gathered():  # no longer than it takes: beside a student's forward, its head is large
                 output = linear_distillation(hidden_NH, head, target, objective, **call)
             return tuple(vars(output).values())

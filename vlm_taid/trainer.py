@@ -160,13 +160,14 @@ class DistillationTrainer(ResumableTrainer):
         """The share of this micro-batch and rank in the loss of the optimizer step."""
         for tower in self.quiet_towers:
             tower.eval()
-        output = self.paired_forward(model, inputs, self.objective, self.schedule.t if self.schedule else None)
+        t, scale = self.schedule.t if self.schedule else None, self.accelerator.num_processes / num_items_in_batch
+        output = self.paired_forward(model, inputs, self.objective, t, scale=float(scale))
         none_N = torch.zeros_like(output.kl_N)
         found = output.temperature_gradient_N, output.rest_N, output.agreement_N
         extra = [none_N if value_N is None else value_N for value_N in found]
         extra += [] if output.diagnostics_DN is None else output.diagnostics_DN
         self._step_sums += torch.stack([output.ce_N, output.kl_N, *extra]).double().sum(-1).detach()
-        return output.loss_N.sum() / num_items_in_batch * self.accelerator.num_processes
+        return output.loss_N.sum()
 
     def _prepare_inputs(self, inputs: PairedBatch) -> PairedBatch:
         return inputs.to(self.args.device)

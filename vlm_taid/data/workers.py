@@ -13,14 +13,17 @@ from torch.utils.data import DataLoader
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
-def keep_heap() -> None:
+def keep_heap(unused: int = 512 * 2**20) -> None:
     """Lets a worker reuse the memory of its last batch.
 
     glibc gives large blocks back to the system at once, and a batch's pixels then cost thousands of page faults anew.
+
+    Args:
+        unused: bytes at the heap's end that are not given back, under 2 GiB.
     """
     if hasattr(library := ctypes.CDLL(None), "mallopt"):
         library.mallopt(M_MMAP_MAX, 0)
-        library.mallopt(M_TRIM_THRESHOLD, 512 * 2**20)
+        library.mallopt(M_TRIM_THRESHOLD, unused)
 
 
 def deaf(loader: DataLoader) -> DataLoader:

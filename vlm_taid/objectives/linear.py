@@ -86,7 +86,8 @@ def linear_distillation(
 
     Returns:
         LinearDistillationOutput; its ``loss_N`` carries gradient to ``hidden_NH`` and to the head's parameters that
-        want one. With a trainable head, take the loss's plain sum (times a number): weights go into ``weights_N``.
+        want one. With a trainable head, take the loss's plain sum: weights go into ``weights_N``. (A number by which
+        the sum is multiplied belongs there too: afterwards it costs a pass over the head's gradient and a rounding.)
 
     Raises:
         ValueError: the two heads' columns differ in number, only one has a rest, or a label is in no bucket.
@@ -194,7 +195,8 @@ class _LinearDistillation(torch.autograd.Function):
         hidden_grad_NH = torch.empty_like(hidden_NH) if wants_hidden else None
         half = weight_VH.dtype == torch.bfloat16 and HALF_SUMS * call.chunk >= N
         dtype = torch.bfloat16 if half else torch.float32
-        weight_grad_VH = torch.zeros_like(weight_VH, dtype=dtype) if wants_weight else None
+        new = torch.empty_like if N else torch.zeros_like  # the first chunk overwrites it
+        weight_grad_VH = new(weight_VH, dtype=dtype) if wants_weight else None
         bias_grad_V = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
         with fp32_results(weight_VH):
             streamed = None
@@ -217,7 +219,7 @@ class _LinearDistillation(torch.autograd.Function):
                 if hidden_grad_NH is not None:
                     hidden_grad_NH[at] = times_weight(gradient_nV, weight_VH)
                 if weight_grad_VH is not None:
-                    _add_product(weight_grad_VH, gradient_nV, hidden_nH)
+                    _add_product(weight_grad_VH, gradient_nV, hidden_nH, 1.0 if start else 0.0)
         ctx.gradients = (hidden_grad_NH, weight_grad_VH, bias_grad_V)
         ctx.dtypes = (weight_VH.dtype, None if bias_V is None else bias_V.dtype)
         ctx.mark_non_differentiable(values_XN)
@@ -233,20 +235,24 @@ class _LinearDistillation(torch.autograd.Function):
             factor = loss_grad_N[0]
             if loss_grad_N.stride() != (0,) and not torch.equal(loss_grad_N, factor.expand_as(loss_grad_N)):
                 raise ValueError("loss_N of a trainable head is to be summed plainly: give weights as weights_N")
-            weight_grad_VH = None if weight_grad_VH is None else weight_grad_VH.mul_(factor).to(ctx.dtypes[0])
+            if weight_grad_VH is not None:
+                if factor.is_cuda or factor != 1.0:  # a comparison would make a GPU wait
+                    weight_grad_VH.mul_(factor)
+                weight_grad_VH = weight_grad_VH.to(ctx.dtypes[0])
             bias_grad_V = None if bias_grad_V is None else bias_grad_V.mul_(factor).to(ctx.dtypes[1])
         return hidden_grad_NH, weight_grad_VH, bias_grad_V, None
 
 
-def _add_product(sum_VH: Tensor, gradient_nV: Tensor, hidden_nH: Tensor) -> None:
-    """sum += gradient.T @ hidden; an fp32 sum of bf16 factors takes them a tile at a time."""
+def _add_product(sum_VH: Tensor, gradient_nV: Tensor, hidden_nH: Tensor, beta: float) -> None:
+    """sum = beta * sum + gradient.T @ hidden; an fp32 sum of bf16 factors takes them a tile at a time."""
     hidden_nH = hidden_nH.to(gradient_nV.dtype)
     if sum_VH.dtype == gradient_nV.dtype:
-        sum_VH.addmm_(gradient_nV.T, hidden_nH)
+        sum_VH.addmm_(gradient_nV.T, hidden_nH, beta=beta)
         return
     hidden_nH = hidden_nH.to(sum_VH.dtype)
     for start in range(0, len(sum_VH), TILE):
-        sum_VH[start : start + TILE].addmm_(gradient_nV[:, start : start + TILE].to(sum_VH.dtype).T, hidden_nH)
+        tile = slice(start, start + TILE)
+        sum_VH[tile].addmm_(gradient_nV[:, tile].to(sum_VH.dtype).T, hidden_nH, beta=beta)
 
 
 def _chunk(hidden_nH: Tensor, at: slice, call: _Call, values_Xn: Tensor) -> Tensor | None:
@@ -283,7 +289,6 @@ def _chunk(hidden_nH: Tensor, at: slice, call: _Call, values_Xn: Tensor) -> Tens
         values_Xn[0] += labelled * (logits_nV.logsumexp(-1) - logits_nV.gather(-1, label_n1)[:, 0])
     if weights_n is not None:
         values_Xn[0] *= weights_n
-        values_Xn[4] *= weights_n
     if not call.gradient:
         return None
     gradient_nV = buckets.spread(fused.gradient_NB.mul_(T) if T != 1.0 else fused.gradient_NB)
