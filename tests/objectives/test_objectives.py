@@ -210,10 +210,11 @@ def test_learned_temperatures_slope_through_both_heads():
     """d loss / d T against central differences of the whole fused loss."""
     hidden, head, target, _ = case(48, 40, columns=(torch.arange(40), torch.arange(40)))
 
-    def at(T):
-        return linear_distillation(hidden, head, target, Objective.named("ctkd"), temperature=T, chunk=4)
+    def at(T, **more):
+        return linear_distillation(hidden, head, target, Objective.named("ctkd"), temperature=T, chunk=4, **more)
 
     slope = at(3.0).temperature_gradient_N
+    assert torch.equal(at(3.0, weights_N=torch.full((len(hidden),), 0.3)).temperature_gradient_N, slope)
     difference = (at(3.02).loss_N - at(2.98).loss_N) / 0.04
     assert (slope - difference).abs().max() < 5e-3 * slope.abs().max()
 

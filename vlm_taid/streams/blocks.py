@@ -84,7 +84,7 @@ def received(blocks: list[Tensor]) -> Callable[[Place], Tensor]:
 
 
 def _shared(size: int) -> Tensor:
-    block = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
+    block = torch.empty(0, dtype=torch.uint8, device="cpu").set_(torch.UntypedStorage._new_shared(size))
     block[:ALIGNED] = 0
     return block
 
