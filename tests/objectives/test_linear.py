@@ -274,3 +274,15 @@ def test_autocast_does_not_reach_the_products():
     with torch.autocast("cpu", torch.bfloat16):
         cast = ours("taid", hidden, head, target, labels, 0.4, torch.ones(N), 4)
     assert torch.equal(plain[0].loss_N, cast[0].loss_N) and torch.equal(plain[1], cast[1])
+
+
+def test_small_weights_lose_no_gradient_of_fp16_hidden_states():
+    """A loss scale comes in backward, after the weights: 1 over a step's tokens is below what fp16 holds."""
+    hidden, head, target, labels = case(40, 40)
+    weights, scale = torch.full((N,), 2.0**-16), 2.0**16
+    exact = reference("taid", hidden.half(), head, target, labels, 0.4, torch.ones(N).double())[1] / 3.0
+    hidden = hidden.half().requires_grad_()
+    out = linear_distillation(hidden, head, target, Objective.named("taid"), t=0.4, weights_N=weights)
+    (out.loss_N.sum() * scale).backward()
+    assert hidden.grad.dtype == torch.float16
+    assert off(hidden.grad, exact) < 2e-3

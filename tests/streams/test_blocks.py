@@ -1,14 +1,17 @@
 """Batches leave data workers through blocks of shared memory that are used again: they arrive as they are, and stay."""
 
+import gc
 import os
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
 
 from vlm_taid.data.workers import DeafContext
 from vlm_taid.streams import PairedBatch, blocks
+from vlm_taid.streams import batch as batch_module
 from vlm_taid.streams.blocks import ALIGNED, LARGE, Blocks, joining, received
 
 
@@ -80,6 +83,41 @@ def test_a_block_is_free_when_both_sides_have_dropped_its_tensors():
     assert own.empty((3, 50), torch.float32).data_ptr() != address
     del part
     assert own.empty((3, 50), torch.float32).data_ptr() == address
+
+
+def test_nothing_waits_for_the_garbage_collector(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(batch_module, "BLOCKS", own := Blocks())
+    gc.disable()
+    try:
+        for number in range(4):
+            arrive, arguments = made(number)._sent()
+            assert equal(arrive(*arguments), made(number))
+            del arguments
+            assert not any(block[:2].any() for block in own._blocks)
+    finally:
+        gc.enable()
+    assert len(own._blocks) == 1
+
+
+def test_a_write_to_one_tensor_is_no_write_to_another(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(batch_module, "BLOCKS", Blocks())
+    arrive, arguments = made(1)._sent()
+    inputs = arrive(*arguments)["student"]
+    weight = torch.ones(inputs["pixel_values"].shape[1], requires_grad=True)
+    loss = (inputs["pixel_values"] @ weight).sum()
+    inputs["input_ids"][0, 0] = 5
+    loss.backward()  # autograd has saved the pixels
+
+
+def test_blocks_do_not_mind_the_mode_in_which_they_are_made_and_left():
+    own = Blocks()
+    with torch.inference_mode():
+        here = own.empty((40,), torch.float32)
+    there = sent(own, here)
+    del here
+    with FakeTensorMode():
+        del there
+    assert not own._blocks[0][:2].any()
 
 
 def test_a_tensor_that_is_sent_twice_is_copied_the_second_time():

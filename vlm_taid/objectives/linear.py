@@ -192,7 +192,9 @@ class _LinearDistillation(torch.autograd.Function):
         wants_hidden, wants_weight, wants_bias = (call.gradient and wants for wants in ctx.needs_input_grad[:3])
         N = hidden_NH.shape[0]
         values_XN = hidden_NH.new_zeros(6, N, dtype=torch.float32)
-        hidden_grad_NH = torch.empty_like(hidden_NH) if wants_hidden else None
+        # weights may be small, and a loss scale comes in backward: fp16 would lose the gradient before it
+        hidden_dtype = torch.float32 if hidden_NH.dtype == torch.float16 else hidden_NH.dtype
+        hidden_grad_NH = torch.empty_like(hidden_NH, dtype=hidden_dtype) if wants_hidden else None
         half = weight_VH.dtype == torch.bfloat16 and HALF_SUMS * call.chunk >= N
         dtype = torch.bfloat16 if half else torch.float32
         new = torch.empty_like if N else torch.zeros_like  # the first chunk overwrites it

@@ -36,18 +36,7 @@ class PairedBatch(dict):
     def _each(self, kind: type, change: Callable[[Any], Any]) -> PairedBatch:
         """The batch with each value of a kind changed, once however often it is in it."""
         moved: dict[int, Any] = {}
-
-        def move(value: Any) -> Any:
-            if id(value) not in moved:
-                if isinstance(value, kind):
-                    moved[id(value)] = change(value)
-                elif isinstance(value, dict):
-                    moved[id(value)] = {key: move(item) for key, item in value.items()}
-                else:
-                    moved[id(value)] = value
-            return moved[id(value)]
-
-        return PairedBatch({key: move(value) for key, value in self.items()})
+        return PairedBatch({key: _moved(value, kind, change, moved) for key, value in self.items()})
 
     def _sent(self) -> tuple[Callable[..., PairedBatch], tuple[list[Tensor], dict[str, Any]]]:
         """What the receiving process calls, and with what."""
@@ -55,6 +44,18 @@ class PairedBatch(dict):
         self._each(Tensor, tensors.append)
         blocks, places = BLOCKS.send(tensors)
         return _arrived, (blocks, dict(self._each(Tensor, lambda tensor: places[id(tensor)])))
+
+
+def _moved(value: Any, kind: type, change: Callable[[Any], Any], moved: dict[int, Any]) -> Any:
+    # no function within a function: one that calls itself would hold all tensors until the garbage collector comes
+    if id(value) not in moved:
+        if isinstance(value, kind):
+            moved[id(value)] = change(value)
+        elif isinstance(value, dict):
+            moved[id(value)] = {key: _moved(item, kind, change, moved) for key, item in value.items()}
+        else:
+            moved[id(value)] = value
+    return moved[id(value)]
 
 
 def _arrived(blocks: list[Tensor], values: dict[str, Any]) -> PairedBatch:

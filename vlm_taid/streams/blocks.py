@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -84,19 +85,21 @@ def received(blocks: list[Tensor]) -> Callable[[Place], Tensor]:
 
 
 def _shared(size: int) -> Tensor:
-    block = torch.empty(0, dtype=torch.uint8, device="cpu").set_(torch.UntypedStorage._new_shared(size))
-    block[:ALIGNED] = 0
+    with torch.inference_mode(False):
+        block = torch.empty(0, dtype=torch.uint8, device="cpu").set_(torch.UntypedStorage._new_shared(size))
+        block[:ALIGNED] = 0
     return block
 
 
 def _leased(block: Tensor, who: int) -> Tensor:
     """The block as a tensor whose views keep it taken."""
     lease = block.numpy()
-    weakref.finalize(lease, _release, block, who, os.getpid()).atexit = False
+    weakref.finalize(lease, _release, block.numpy(), who, os.getpid()).atexit = False
     return torch.from_numpy(lease)
 
 
-def _release(block: Tensor, who: int, process: int) -> None:
+def _release(block: np.ndarray, who: int, process: int) -> None:
+    # NumPy, because the last tensor may go amid a mode in which torch writes nothing
     if os.getpid() == process:  # a fork has the same objects
         block[who] = 0
 
@@ -106,7 +109,11 @@ def _bytes(place: Place) -> int:
 
 
 def _at(block: Tensor, place: Place) -> Tensor:
-    return block[place.start : place.start + _bytes(place)].view(place.dtype).view(place.shape)
+    """A tensor in a block; no view of another, so that autograd counts the writes to each apart."""
+    start = block.storage_offset() + place.start
+    tensor = torch.empty(0, dtype=place.dtype, device="cpu")
+    offset = start // place.dtype.itemsize
+    return tensor.set_(block.untyped_storage(), offset, place.shape)  # pyright: ignore[reportCallIssue]
 
 
 class _Joining(TorchFunctionMode):

@@ -102,7 +102,7 @@ class PairedCollator:
                     try:
                         pairs.append(self._pair(student.streams[index], teacher.streams[index]))
                     except BadRow as error:
-                        bad[index] = error
+                        bad[index] = error.with_traceback(None)  # whose frames would hold the batch
             if bad and self.options.on_bad_row == "error":
                 raise next(iter(bad.values()))
             if not bad:
