@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from .errors import InputError
@@ -148,8 +149,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"vlm-taid: no command {command!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    with _as_rank():
+        return _called(command, rest)
+
+
+def _as_rank() -> AbstractContextManager[None]:
+    if "LOCAL_RANK" not in os.environ:
+        return nullcontext()
+    from .ranks import left_in_order
+
+    return left_in_order()
+
+
+def _called(command: str, arguments: list[str]) -> int:
     try:
-        return COMMANDS[command](rest) or 0
+        return COMMANDS[command](arguments) or 0
     except ImportError as error:  # an optimizer, a log back end or an attention that is not installed
         print(f"vlm-taid {command}: {error}", file=sys.stderr)
         return 2

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
@@ -24,6 +20,7 @@ from vlm_taid.evaluation.results import Results
 from vlm_taid.evaluation.runner import evaluate
 from vlm_taid.evaluation.scoring import scoring
 from vlm_taid.evaluation.tasks import Task, TaskFile, known_tasks
+from vlm_taid.ranks import process_group
 
 
 def parse_pairs(text: str | dict[str, str], option: str) -> dict[str, str]:
@@ -39,21 +36,6 @@ def parse_pairs(text: str | dict[str, str], option: str) -> dict[str, str]:
             raise InputError(f"--{option} {text}: {name!r} is given twice")
         pairs[name] = value
     return pairs
-
-
-@contextmanager
-def process_group() -> Iterator[bool]:
-    """Joins the launcher's ranks if there are several and nobody has yet; says whether this is rank 0."""
-    started = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
-    if started:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        yield not dist.is_initialized() or dist.get_rank() == 0
-    finally:
-        if started:
-            dist.destroy_process_group()
 
 
 def run_command(

@@ -10,12 +10,13 @@ from rich.console import Console
 
 from vlm_taid.errors import InputError
 from vlm_taid.evaluation.card import add_scores
-from vlm_taid.evaluation.command import parse_pairs, process_group
+from vlm_taid.evaluation.command import parse_pairs
 from vlm_taid.evaluation.harness import run_lm_eval
 from vlm_taid.evaluation.language import LONGEST, Reader, read_documents, text_sums
 from vlm_taid.evaluation.language_results import LOWER_IS_BETTER, TextResults, text_results, text_samples
 from vlm_taid.evaluation.models import load, model_args_text, model_arguments
 from vlm_taid.evaluation.results import Results, versions
+from vlm_taid.ranks import process_group
 
 
 def evaluate_text(
