@@ -122,13 +122,15 @@ def test_equals_dense_fp64(chunk, kind):
                 assert off(gradient, exact) < 2e-5, what  # fp32 logits of near models: their gap keeps fewer digits
 
 
-@pytest.mark.parametrize("tile", [16, 17, 38])
+@pytest.mark.parametrize(("tile", "scratch"), [(16, 2**24), (17, 2**24), (38, 2**24), (16, 400), (16, 0)])
 @pytest.mark.parametrize("kind", ["equal", "student padded", "teacher slice and bias", "scale"])
 @pytest.mark.parametrize("name", ["taid", "fkl"])
-def test_any_tiling_of_the_vocabulary_gives_the_same(name, kind, tile, monkeypatch):
-    from vlm_taid.objectives import streamed
+def test_any_tiling_of_the_vocabulary_gives_the_same(name, kind, tile, scratch, monkeypatch):
+    """Tiles of logits; their gradients go on together: all, one or two tiles at a time, or each."""
+    from vlm_taid.objectives import products, streamed
 
     monkeypatch.setattr(streamed, "CACHED", 4 * tile)
+    monkeypatch.setattr(products, "SCRATCH_BYTES", scratch)
     hidden, head, target, labels = case(**CASES[kind])
     assert streamed.streams(head, target)
     weights = torch.linspace(0.5, 2.0, N)
@@ -140,13 +142,34 @@ def test_any_tiling_of_the_vocabulary_gives_the_same(name, kind, tile, monkeypat
 
 
 def test_rows_at_a_time_follow_vocabulary_and_memory():
-    assert rows_at_a_time(151936, 256) == 176  # 10 bytes a logit: under 256 MiB
+    assert rows_at_a_time(151936, 256) == 208  # 8 bytes a logit: under 256 MiB
     assert rows_at_a_time(151936, 256, streamed=False) == 48
-    assert rows_at_a_time(49152, 256) == 544 and rows_at_a_time(151936, 0.1) == 1
+    assert rows_at_a_time(49152, 256) == 672 and rows_at_a_time(151936, 0.1) == 1
 
 
-def test_head_gradients_of_many_chunks_are_summed_in_fp32():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trains", [True, False])
+def test_logits_of_the_first_rows_lie_in_the_heads_gradient(dtype, trains, monkeypatch):
+    """H / 4 rows of a bf16 head, H / 2 of an fp32 one; a frozen head has no gradient."""
+    from vlm_taid.objectives.streamed import KLChunks
+
+    room, taken = KLChunks._room, []
+    monkeypatch.setattr(KLChunks, "_room", lambda self, n: taken.append((n, room(self, n)[0])) or room(self, n))
+    hidden, head, target, labels = case(40, 40, dtype=dtype)
+    _, _, weight_gradient, _ = ours("taid", hidden, head, target, labels, 0.4, torch.ones(N), None, frozen=not trains)
+    first = H // 2 if dtype == torch.float32 else H // 4
+    assert [n for n, _ in taken] == ([first, N - first] if trains else [N])
+    if trains:
+        made = weight_gradient.untyped_storage().nbytes()
+        assert [tensor.untyped_storage().nbytes() == made for _, tensor in taken] == [True, False]
+
+
+@pytest.mark.parametrize("instructions", [True, False])
+def test_head_gradients_of_many_chunks_are_summed_in_fp32(instructions, monkeypatch):
     """200 chunks of bf16 sums would be off by several per cent."""
+    from vlm_taid.objectives import products
+
+    monkeypatch.setattr(products, "multiplies_bf16", lambda: instructions)
     g = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(*shape, generator=g).bfloat16() for shape in ((200, H), (40, H)))
     target = HiddenSignal(torch.randn(200, G, generator=g).bfloat16(), Head(torch.randn(40, G, generator=g).bfloat16()))
@@ -186,8 +209,15 @@ def test_frozen_head_makes_no_head_gradient(monkeypatch):
     assert off(hidden_gradient, reference("taid", hidden, head, target, labels, 0.4, weights.double())[1]) < 5e-6
 
 
+@pytest.mark.parametrize("scratch", [2**24, 2**12])
+@pytest.mark.parametrize("instructions", [True, False])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_bf16_gradients_stay_within_one_percent(name):
+def test_bf16_gradients_stay_within_one_percent(name, instructions, scratch, monkeypatch):
+    """Whether or not the CPU multiplies bf16, and however many pieces of the vocabulary are added up."""
+    from vlm_taid.objectives import products
+
+    monkeypatch.setattr(products, "multiplies_bf16", lambda: instructions)
+    monkeypatch.setattr(products, "SCRATCH_BYTES", scratch)
     hidden, head, target, labels = case(4000, 4000, dtype=torch.bfloat16)
     weights = torch.ones(N)
     expected = reference(name, hidden, head, target, labels, 0.4, weights.double())

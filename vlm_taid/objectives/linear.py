@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from .diagnostics import Agreement, diagnostic_names, of_student, of_teacher
+from .gradients import Gradients, floats_a_row
 from .head import Head
 from .objective import SFT, Inputs, Objective
-from .products import TILE, fp32_results, gradient_dtype, logits, times_weight
+from .products import fp32_results, logits
 from .signals import HiddenSignal, TeacherSignal, check, teacher_logits
 from .streamed import KLChunks, streams
 
 MEMORY = 256  # MiB
-STREAMED_BYTES, DENSE_BYTES = 10, 36  # that a logit of a chunk takes: two fp32 and a bf16; nine fp32 at the worst
+STREAMED_BYTES, DENSE_BYTES = 8, 36  # that a logit of a chunk takes: two fp32; nine fp32 at the worst
 HALF_SUMS = 4  # chunks whose head gradients are summed in bf16: more would round too often
 ENOUGH_ROWS = 192  # a larger chunk is no faster
 
@@ -113,17 +114,17 @@ def linear_distillation(
     T = objective.temperature if temperature is None else temperature
     target_t = _streamed_target(head, target, objective, t, T)
     N = len(hidden_NH)
-    if chunk is None:
-        chunk = rows_at_a_time(head.weight.shape[0], memory, streamed=target_t is not None)
-        chunk = min(chunk, max(ENOUGH_ROWS, -(-N // HALF_SUMS)))
-    chunk = max(1, -(-N // max(1, -(-N // chunk))))  # chunks of one size
+    gradient = torch.is_grad_enabled()
+    in_place = gradient and target_t is not None and head.weight.requires_grad
+    chunks, weight_dtype = _chunks(N, head.weight, memory, chunk, in_place=in_place, streamed=target_t is not None)
     inputs = Inputs(t, buckets_N, T)
     diagnostics_DN = None
     if diagnose:
         count = len(diagnostic_names(objective.uses_teacher))
         diagnostics_DN = hidden_NH.new_zeros(count, N, dtype=torch.float32)
-    gradient = torch.is_grad_enabled()
-    call = _Call(head, target, objective, inputs, labels_N, weights_N, target_t, chunk, gradient, diagnostics_DN)
+    call = _Call(
+        head, target, objective, inputs, labels_N, weights_N, target_t, chunks, weight_dtype, gradient, diagnostics_DN
+    )
     with torch.autocast(hidden_NH.device.type, enabled=False):  # it would make the products bf16
         loss_N, values_XN = _LinearDistillation.apply(hidden_NH, head.weight, head.bias, call)
     return LinearDistillationOutput(
@@ -147,6 +148,37 @@ def rows_at_a_time(vocabulary: int, memory: float = MEMORY, *, streamed: bool = 
     """
     rows = int(memory * 2**20) // ((STREAMED_BYTES if streamed else DENSE_BYTES) * vocabulary)
     return max(1, rows // 16 * 16 or rows)
+
+
+def _chunks(
+    N: int, weight_VH: Tensor, memory: float, chunk: int | None, *, in_place: bool, streamed: bool
+) -> tuple[list[slice], torch.dtype]:
+    """The chunks of N rows, and the precision in which their gradients of the head are summed.
+
+    Args:
+        chunk: rows at a time; None: by ``memory``.
+        in_place: whether the first chunk's logits can lie in the head's gradient, and are not counted then.
+    """
+    V, H = weight_VH.shape
+    dtypes = [torch.bfloat16, torch.float32] if weight_VH.dtype == torch.bfloat16 else [torch.float32]
+    chunks = []
+    for dtype in dtypes:
+        if chunk is not None:
+            chunks = _equal(0, N, chunk)
+        else:
+            first = min(N, floats_a_row(H, dtype) // 2) if in_place else 0
+            rows = rows_at_a_time(V, memory, streamed=streamed)
+            rows = min(rows, max(ENOUGH_ROWS, -(-N // HALF_SUMS)))
+            chunks = _equal(0, first, max(1, first)) + _equal(first, N, rows)
+        if len(chunks) <= HALF_SUMS:
+            return chunks, dtype
+    return chunks, torch.float32
+
+
+def _equal(start: int, stop: int, most: int) -> list[slice]:
+    """Chunks of at most so many rows, and of one size."""
+    size = max(1, -(-(stop - start) // max(1, -(-(stop - start) // most))))
+    return [slice(at, min(at + size, stop)) for at in range(start, stop, size)]
 
 
 def chunk_rows(
@@ -181,7 +213,8 @@ class _Call:
     labels_N: Tensor | None
     weights_N: Tensor | None
     target_t: float | None  # of a streamed KL
-    chunk: int
+    chunks: list[slice]
+    weight_dtype: torch.dtype  # in which the weight's gradient is summed
     gradient: bool  # a Function cannot see torch.no_grad() in its forward
     diagnostics_DN: Tensor | None  # that the chunks fill
 
@@ -189,40 +222,27 @@ class _Call:
 class _LinearDistillation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, call: _Call):
-        wants_hidden, wants_weight, wants_bias = (call.gradient and wants for wants in ctx.needs_input_grad[:3])
-        N = hidden_NH.shape[0]
-        values_XN = hidden_NH.new_zeros(6, N, dtype=torch.float32)
-        # weights may be small, and a loss scale comes in backward: fp16 would lose the gradient before it
-        hidden_dtype = torch.float32 if hidden_NH.dtype == torch.float16 else hidden_NH.dtype
-        hidden_grad_NH = torch.empty_like(hidden_NH, dtype=hidden_dtype) if wants_hidden else None
-        half = weight_VH.dtype == torch.bfloat16 and HALF_SUMS * call.chunk >= N
-        dtype = torch.bfloat16 if half else torch.float32
-        new = torch.empty_like if N else torch.zeros_like  # the first chunk overwrites it
-        weight_grad_VH = new(weight_VH, dtype=dtype) if wants_weight else None
-        bias_grad_V = torch.zeros_like(bias_V, dtype=torch.float32) if wants_bias and bias_V is not None else None
+        wants = [call.gradient and wants for wants in ctx.needs_input_grad[:3]]
+        gradients = Gradients(hidden_NH, weight_VH, bias_V, (wants[0], wants[1], wants[2]), call.weight_dtype)
+        values_XN = hidden_NH.new_zeros(6, hidden_NH.shape[0], dtype=torch.float32)
         with fp32_results(weight_VH):
             streamed = None
-            if call.target_t is not None and isinstance(call.target, HiddenSignal):
-                streamed = KLChunks(call.chunk, call.head, call.target, call.target_t)
-            for start in range(0, N, call.chunk):
-                at = slice(start, start + call.chunk)
+            if call.target_t is not None and isinstance(call.target, HiddenSignal) and call.chunks:
+                rows = max(at.stop - at.start for at in call.chunks)
+                streamed = KLChunks(rows, call.head, call.target, call.target_t, gradients if call.gradient else None)
+            for at in call.chunks:
                 hidden_nH = hidden_NH[at].detach()
                 if streamed is not None:
                     weights_n = None if call.weights_N is None else call.weights_N[at].float()
                     diagnostics_Dn = None if call.diagnostics_DN is None else call.diagnostics_DN[:, at]
-                    gradient_nV = streamed(hidden_nH, at, weights_n, values_XN[:, at], diagnostics_Dn, call.gradient)
-                else:
-                    gradient_nV = _chunk(hidden_nH, at, call, values_XN[:, at])
-                if gradient_nV is None:
+                    streamed(hidden_nH, at, weights_n, values_XN[:, at], diagnostics_Dn)
                     continue
-                if bias_grad_V is not None:
-                    bias_grad_V += gradient_nV.sum(0, dtype=torch.float32)
-                gradient_nV = gradient_nV.to(gradient_dtype(weight_VH))
-                if hidden_grad_NH is not None:
-                    hidden_grad_NH[at] = times_weight(gradient_nV, weight_VH)
-                if weight_grad_VH is not None:
-                    _add_product(weight_grad_VH, gradient_nV, hidden_nH, 1.0 if start else 0.0)
-        ctx.gradients = (hidden_grad_NH, weight_grad_VH, bias_grad_V)
+                gradient_nV = _chunk(hidden_nH, at, call, values_XN[:, at])
+                if gradient_nV is not None:
+                    chunk = gradients.chunk(at, hidden_nH)
+                    chunk.add_all(gradient_nV)
+                    chunk.close()
+        ctx.gradients = (gradients.hidden_NH, gradients.weight_VH, gradients.bias_V)
         ctx.dtypes = (weight_VH.dtype, None if bias_V is None else bias_V.dtype)
         ctx.mark_non_differentiable(values_XN)
         return values_XN[0].clone(), values_XN
@@ -243,18 +263,6 @@ class _LinearDistillation(torch.autograd.Function):
                 weight_grad_VH = weight_grad_VH.to(ctx.dtypes[0])
             bias_grad_V = None if bias_grad_V is None else bias_grad_V.mul_(factor).to(ctx.dtypes[1])
         return hidden_grad_NH, weight_grad_VH, bias_grad_V, None
-
-
-def _add_product(sum_VH: Tensor, gradient_nV: Tensor, hidden_nH: Tensor, beta: float) -> None:
-    """sum = beta * sum + gradient.T @ hidden; an fp32 sum of bf16 factors takes them a tile at a time."""
-    hidden_nH = hidden_nH.to(gradient_nV.dtype)
-    if sum_VH.dtype == gradient_nV.dtype:
-        sum_VH.addmm_(gradient_nV.T, hidden_nH, beta=beta)
-        return
-    hidden_nH = hidden_nH.to(sum_VH.dtype)
-    for start in range(0, len(sum_VH), TILE):
-        tile = slice(start, start + TILE)
-        sum_VH[tile].addmm_(gradient_nV[:, tile].to(sum_VH.dtype).T, hidden_nH, beta=beta)
 
 
 def _chunk(hidden_nH: Tensor, at: slice, call: _Call, values_Xn: Tensor) -> Tensor | None:

@@ -3,7 +3,10 @@
 Three statistics a row and tile (the largest logit, the sum of exponentials, and the target's mean of the gap between
 the logits) give the value: KL(p_t || q) = E_pt[z_m - z_s] - log Z_m + log Z_s. What is kept of a chunk are the tiles'
 exponentials, which become q - p_t by one factor a row and tile. So every element-wise operation meets its tile in the
-processor's cache, and two buffers of [n, V] are all that there is, beside the gradient in the head's own precision.
+processor's cache, and both models' exponentials are all that is kept of a chunk.
+
+The first chunk's lie in the memory of the head's gradient, each tile's at the rows of the head that it belongs to: they
+are gone when the gradient of these rows is written. In bf16 there is room for H / 4 answer tokens at no cost.
 
 Legend: n rows of a chunk, H student width, G teacher width, V rows of the student's head, v rows of a tile.
 """
@@ -16,12 +19,12 @@ import torch
 from torch import Tensor
 
 from .diagnostics import Agreement, TeacherTiles, of_student
+from .gradients import Gradients
 from .head import Head
-from .products import gradient_dtype, product
+from .products import Scratch, product
 from .signals import Corrections, HiddenSignal, TeacherSignal
 
 CACHED = 2**19  # logits of a tile on a CPU: 2 MiB; a GPU takes larger tiles, for fewer launches (not run here)
-CAST_BYTES = 2**24  # of a tile of half-precision weights that is in fp32 at a time, on a CPU
 
 
 def streams(head: Head, target: TeacherSignal | None) -> bool:
@@ -35,66 +38,74 @@ def streams(head: Head, target: TeacherSignal | None) -> bool:
 
 
 class KLChunks:
-    """Buffers for chunks of at most ``rows`` rows, and the loss and gradient of one chunk after another."""
+    """The loss and gradients of one chunk of rows after another, in the same memory.
 
-    def __init__(self, rows: int, head: Head, target: HiddenSignal, t: float):
-        self.head, self.target, self.t = head, target, t
-        V, device = head.weight.shape[0], head.weight.device
+    Args:
+        rows: of the largest chunk.
+        head, target, t: what ``linear_distillation`` got.
+        gradients: where the chunks' go; None: nothing wants one.
+    """
+
+    def __init__(self, rows: int, head: Head, target: HiddenSignal, t: float, gradients: Gradients | None):
+        self.head, self.target, self.t, self.gradients = head, target, t, gradients
+        device = head.weight.device
+        self.scratch = Scratch(device) if gradients is None else gradients.scratch
         widest = max(head.weight.shape[1], target.head.weight.shape[1])
-        self.tile = max(16, 2**26 // rows if head.weight.is_cuda else min(CACHED // rows, CAST_BYTES // (4 * widest)))
-        self.student = torch.empty(rows * V, dtype=torch.float32, device=device)
-        self.teacher = torch.empty(rows * head.width, dtype=torch.float32, device=device)
+        logits = 2**26 if head.weight.is_cuda else min(CACHED, rows * self.scratch.fitting(4 * widest))
+        self.tile = max(16, logits // rows)
         self.gap = torch.empty(rows * self.tile, dtype=torch.float32, device=device)
-        self.gradient = torch.empty(rows, V, dtype=gradient_dtype(head.weight), device=device)
-        # one buffer for all tiles: the C library's heap grows when each has its own
-        casts = [
-            one.weight for one in (head, target.head) if one.weight.dtype != torch.float32 and not one.weight.is_cuda
-        ]
-        self.cast = torch.empty(self.tile * max((weight.shape[1] for weight in casts), default=0))
+        self._own = None
 
-    def _tiles(self, n: int) -> Iterator[tuple[slice, slice | None, Tensor, Tensor | None]]:
+    def _room(self, n: int) -> tuple[Tensor, int]:
+        """Memory for a chunk's exponentials, and how many fp32 numbers of it belong to a row of the head."""
+        V = self.head.weight.shape[0]
+        room = None if self.gradients is None else self.gradients.room()
+        if room is not None and room.numel() >= 2 * n * V:
+            return room, room.numel() // V
+        if self._own is None or self._own.numel() < 2 * n * V:
+            self._own = self.gap.new_empty(2 * n * V)
+        return self._own, 2 * n
+
+    def _tiles(self, n: int, room: Tensor, pitch: int) -> Iterator[tuple[slice, slice | None, Tensor, Tensor | None]]:
         """Rows of both heads, and the places [n, v] of their logits; the student's padding has no teacher's."""
         mine, theirs = _span(self.head), _span(self.target.head)
         V = self.head.weight.shape[0]
         for first, last in ((0, mine.start), (mine.start, mine.stop), (mine.stop, V)):
             for start in range(first, last, self.tile):
                 at = slice(start, min(start + self.tile, last))
-                student_nv = self.student[n * at.start : n * at.stop].view(n, -1)
+                logits = n * (at.stop - at.start)
+                student_nv, teacher_nv = (
+                    room[pitch * start + kept : pitch * start + kept + logits].view(n, -1) for kept in (0, logits)
+                )
                 if first == mine.start and last == mine.stop:
-                    place = slice(at.start - mine.start, at.stop - mine.start)
-                    other = slice(place.start + theirs.start, place.stop + theirs.start)
-                    yield at, other, student_nv, self.teacher[n * place.start : n * place.stop].view(n, -1)
+                    ahead = theirs.start - mine.start
+                    yield at, slice(at.start + ahead, at.stop + ahead), student_nv, teacher_nv
                 else:
                     yield at, None, student_nv, None
 
     def _logits(self, hidden_nH: Tensor, head: Head, at: slice, out_nv: Tensor) -> None:
         weight_vH = head.weight.detach()[at]
         if weight_vH.dtype != torch.float32 and not weight_vH.is_cuda:
-            weight_vH = self.cast[: weight_vH.numel()].view_as(weight_vH).copy_(weight_vH)
+            weight_vH = self.scratch.take(weight_vH.shape).copy_(weight_vH)
         product(hidden_nH, weight_vH.T, out_nv)
         if head.bias is not None:
             out_nv += head.bias.detach()[at].float()
         head.curve(out_nv)
 
     def __call__(
-        self,
-        hidden_nH: Tensor,
-        at: slice,
-        weights_n: Tensor | None,
-        values_Xn: Tensor,
-        diagnostics_Dn: Tensor | None,
-        gradient: bool,
-    ) -> Tensor | None:
-        """Fills a chunk's values, the loss first; returns the gradient in the raw products, [n, V]."""
-        n = hidden_nH.shape[0]
-        hidden_nH, hidden_nG = hidden_nH.detach().float(), self.target.hidden_NG[at].detach().float()
+        self, hidden_nH: Tensor, at: slice, weights_n: Tensor | None, values_Xn: Tensor, diagnostics_Dn: Tensor | None
+    ) -> None:
+        """Fills a chunk's values, the loss first, and adds its gradients."""
+        n, V = hidden_nH.shape[0], self.head.weight.shape[0]
+        room, pitch = self._room(n)
+        fp32_nH, fp32_nG = hidden_nH.float(), self.target.hidden_NG[at].detach().float()
         student, teacher, means = [], [], []
         agreement, watched = Agreement(), None if diagnostics_Dn is None else TeacherTiles()
         corrections = None if self.target.corrections is None else _Sorted(self.target.corrections, at)
-        for mine, theirs, student_nv, teacher_nv in self._tiles(n):
-            self._logits(hidden_nH, self.head, mine, student_nv)
+        for mine, theirs, student_nv, teacher_nv in self._tiles(n, room, pitch):
+            self._logits(fp32_nH, self.head, mine, student_nv)
             if theirs is not None and teacher_nv is not None:
-                self._logits(hidden_nG, self.target.head, theirs, teacher_nv)
+                self._logits(fp32_nG, self.target.head, theirs, teacher_nv)
                 if corrections is not None:
                     corrections.add(teacher_nv, mine.start - _span(self.head).start)
                 gap_nv = self.gap[: teacher_nv.numel()].view(n, -1)
@@ -120,27 +131,27 @@ class KLChunks:
             watched.fill(log_z_s_n, diagnostics_Dn)
             tiles = [
                 (tile_nv, share_n[:, None])
-                for (*_, tile_nv, _), share_n in zip(self._tiles(n), share_s_Kn, strict=True)
+                for (*_, tile_nv, _), share_n in zip(self._tiles(n, room, pitch), share_s_Kn, strict=True)
             ]
 
             def probabilities(rows: slice) -> Tensor:
                 return torch.cat([tile_nv[rows] * share_n1[rows] for tile_nv, share_n1 in tiles], -1)
 
-            of_student(probabilities, n, self.head.weight.shape[0], diagnostics_Dn)
+            of_student(probabilities, n, V, diagnostics_Dn)
         if weights_n is not None:
             values_Xn[0] *= weights_n
             share_s_Kn, share_t_Kn = share_s_Kn * weights_n, share_t_Kn * weights_n
-        if not gradient:
-            return None
+        if self.gradients is None:
+            return
         factor_s = iter(share_s_Kn * self.head.scale)
         factor_t = iter(share_t_Kn * -self.head.scale)
-        gradient_nV = self.gradient[:n]
-        for mine, _, student_nv, teacher_nv in self._tiles(n):
+        gradients = self.gradients.chunk(at, hidden_nH, self.tile)
+        for mine, _, student_nv, teacher_nv in self._tiles(n, room, pitch):
             student_nv.mul_(next(factor_s)[:, None])
             if teacher_nv is not None:
                 student_nv.addcmul_(teacher_nv, next(factor_t)[:, None])
-            gradient_nV[:, mine] = student_nv
-        return gradient_nV
+            gradients.add(mine, student_nv)
+        gradients.close()
 
 
 class _Sorted:
