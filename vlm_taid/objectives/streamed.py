@@ -52,7 +52,7 @@ class KLChunks:
         self.scratch = Scratch(device) if gradients is None else gradients.scratch
         widest = max(head.weight.shape[1], target.head.weight.shape[1])
         logits = 2**26 if head.weight.is_cuda else min(CACHED, rows * self.scratch.fitting(4 * widest))
-        self.tile = max(16, logits // rows)
+        self.tile = max(16, logits // rows // 64 * 64)
         self.gap = torch.empty(rows * self.tile, dtype=torch.float32, device=device)
         self._own = None
 
@@ -115,7 +115,8 @@ class KLChunks:
                 torch.sub(teacher_nv, student_nv, out=gap_nv).mul_(self.t)
                 torch.add(student_nv, gap_nv, out=teacher_nv)
                 teacher.append(_exponentials(teacher_nv))
-                means.append((torch.linalg.vecdot(teacher_nv, gap_nv), torch.linalg.vecdot(teacher_nv, student_nv)))
+                # vecdot would make a tile of its own, and small results amid such tiles leave holes in the heap
+                means.append([torch.mul(teacher_nv, one, out=gap_nv).sum(-1) for one in (gap_nv, student_nv)])
             student.append(_exponentials(student_nv))
         top_s_Kn, sum_s_Kn = (torch.stack(values) for values in zip(*student, strict=True))
         top_t_Kn, sum_t_Kn = (torch.stack(values) for values in zip(*teacher, strict=True))
