@@ -52,7 +52,7 @@ class KLChunks:
         self.scratch = Scratch(device) if gradients is None else gradients.scratch
         widest = max(head.weight.shape[1], target.head.weight.shape[1])
         logits = 2**26 if head.weight.is_cuda else min(CACHED, rows * self.scratch.fitting(4 * widest))
-        self.tile = max(16, logits // rows // 64 * 64)
+        self.tile = max(16, logits // rows)
         self.gap = torch.empty(rows * self.tile, dtype=torch.float32, device=device)
         self._own = None
 
