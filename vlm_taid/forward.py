@@ -57,7 +57,7 @@ class PairedForward:
         self.columns: Tensor | slice | None = None  # the student's, of the shared vocabulary
         self.rest: Tensor | None = None  # the student's, in one bucket
         self.head: Head | None = None  # proven at the first forward, inside the wrapper
-        self.chunk_rows: int | None = None  # answer tokens whose logits are in memory at a time, in training
+        self.told = False  # how many answer tokens' logits are in memory at a time, in training
         if teacher is not None and (shared := collator.vocabulary) is not None:
             device = accelerator.device
             self.columns = as_slice(shared.student_columns_C.to(device))
@@ -99,9 +99,10 @@ class PairedForward:
             training = torch.is_grad_enabled()
             temperature = self.temperature.value if objective.name == "ctkd" and self.temperature else None
             call: Any = {"t": t, "temperature": temperature, "memory": self.memory}
-            if training and self.chunk_rows is None:
-                self.chunk_rows = chunk_rows(head, target, objective, **call)
-                self.accelerator.print(f"at most {self.chunk_rows} answer tokens' logits at a time")
+            if training and not self.told:
+                self.told, (rows, first) = True, chunk_rows(head, target, objective, **call)
+                free = f", and the first {first} in the memory of the head's gradient" if first else ""
+                self.accelerator.print(f"at most {rows} answer tokens' logits at a time{free}")
             call |= {"labels_N": batch["labels_N"], "diagnose": training and self.diagnose}
             call["weights_N"] = torch.full((len(hidden_NH),), scale, dtype=torch.float32, device=hidden_NH.device)
             with gathered():  # no longer than it takes: beside a student's forward, its head is large

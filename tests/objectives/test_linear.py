@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vlm_taid.objectives import OBJECTIVES, Head, HiddenSignal, Objective, as_slice, linear_distillation, per_token
-from vlm_taid.objectives.linear import rows_at_a_time
+from vlm_taid.objectives.linear import chunk_rows, rows_at_a_time
 
 N, H, G = 11, 16, 24
 # every objective, and its options; a temperature of ctkd is an argument of the call
@@ -158,6 +158,8 @@ def test_logits_of_the_first_rows_lie_in_the_heads_gradient(dtype, trains, monke
     hidden, head, target, labels = case(40, 40, dtype=dtype)
     _, _, weight_gradient, _ = ours("taid", hidden, head, target, labels, 0.4, torch.ones(N), None, frozen=not trains)
     first = H // 2 if dtype == torch.float32 else H // 4
+    told = replace(head, weight=head.weight.clone().requires_grad_(trains))
+    assert chunk_rows(told, target, Objective.named("taid"), t=0.4)[1] == (first if trains else 0)
     assert [n for n, _ in taken] == ([first, N - first] if trains else [N])
     if trains:
         made = weight_gradient.untyped_storage().nbytes()

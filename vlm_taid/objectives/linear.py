@@ -81,7 +81,7 @@ def linear_distillation(
             shared vocabulary is in the rest.
         weights_N: weights of the positions, in the loss and its gradient.
         temperature: in the place of the objective's, for ``ctkd``. It divides the logits of the buckets.
-        memory: MiB for what is kept of a chunk of rows.
+        memory: MiB for what is kept of a chunk of rows; those whose logits lie in the head's gradient take none of it.
         chunk: rows at a time, whatever their memory.
         diagnose: whether to make ``diagnostics_DN`` too, from the logits of the same pass.
 
@@ -159,15 +159,14 @@ def _chunks(
         chunk: rows at a time; None: by ``memory``.
         in_place: whether the first chunk's logits can lie in the head's gradient, and are not counted then.
     """
-    V, H = weight_VH.shape
     dtypes = [torch.bfloat16, torch.float32] if weight_VH.dtype == torch.bfloat16 else [torch.float32]
     chunks = []
     for dtype in dtypes:
         if chunk is not None:
             chunks = _equal(0, N, chunk)
         else:
-            first = min(N, floats_a_row(H, dtype) // 2) if in_place else 0
-            rows = rows_at_a_time(V, memory, streamed=streamed)
+            first = min(N, _rows_in_gradient(weight_VH, dtype)) if in_place else 0
+            rows = rows_at_a_time(len(weight_VH), memory, streamed=streamed)
             rows = min(rows, max(ENOUGH_ROWS, -(-N // HALF_SUMS)))
             chunks = _equal(0, first, max(1, first)) + _equal(first, N, rows)
         if len(chunks) <= HALF_SUMS:
@@ -189,11 +188,23 @@ def chunk_rows(
     t: float | None = None,
     temperature: float | None = None,
     memory: float = MEMORY,
-) -> int:
-    """Rows of a chunk of ``linear_distillation`` with these arguments: by the road that it takes for them."""
+) -> tuple[int, int]:
+    """Rows of a chunk of ``linear_distillation`` with these arguments, by the road that it takes for them.
+
+    Returns:
+        The most that ``memory`` holds, and those of the first chunk whose logits lie in the head's gradient.
+    """
     T = objective.temperature if temperature is None else temperature
     streamed = _streamed_target(head, target, objective, t, T) is not None
-    return rows_at_a_time(head.weight.shape[0], memory, streamed=streamed)
+    in_place = streamed and head.weight.requires_grad
+    first = _rows_in_gradient(head.weight, head.weight.dtype) if in_place else 0
+    return rows_at_a_time(head.weight.shape[0], memory, streamed=streamed), first
+
+
+def _rows_in_gradient(weight_VH: Tensor, dtype: torch.dtype) -> int:
+    """Rows whose logits of both models a gradient of this precision has room for."""
+    dtype = dtype if dtype == torch.bfloat16 else torch.float32
+    return floats_a_row(weight_VH.shape[1], dtype) // 2
 
 
 def _streamed_target(
