@@ -3,6 +3,7 @@
 Each contender runs in a process of its own, so that its peak memory is its own. A line of JSON is added to --output:
 
     python benchmarks/loss_core.py run --case qwen --share 0.25 --output benchmarks/loss_core.jsonl
+    python benchmarks/loss_core.py lengths --case qwen --share 0.25 --output benchmarks/loss_core.jsonl
     python benchmarks/loss_core.py precision --logits real --folder runs/smollm2 --output benchmarks/precision.jsonl
 
 Rivals: pip install "vlm-taid[bench]". They are not needed for anything else.
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -115,6 +117,7 @@ def _ours(hidden_s: Tensor, weight_s: Tensor, hidden_t: Tensor, weight_t: Tensor
 
 
 CONTENDERS = {f.__name__: f for f in (authors, trl, trl_rows, liger, liger_compiled, ours, ours_recomputed, ours_fkl)}
+LENGTHS = (512, 1024, 2048, 4096, 8192)
 LONG = 30.0  # seconds: a longer pass is not repeated
 
 
@@ -124,18 +127,7 @@ def measure(contender: str, case: str, share: float, length: int | None, threads
     Each pass begins without gradients. A long one is not repeated, unless it compiles.
     """
     torch.set_num_threads(threads)
-    B, T, V, H, G = CASES[case]
-    T = length or T
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int, scale: float) -> Tensor:
-        return torch.empty(*shape, dtype=torch.bfloat16).normal_(generator=generator).mul_(scale)
-
-    hidden_s, hidden_t = normal(B * T, H, scale=1.0), normal(B * T, G, scale=1.0)
-    weight_s, weight_t = normal(V, H, scale=H**-0.5), normal(V, G, scale=G**-0.5)
-    answers = round(share * B * (1024 if length else T))  # of another length, as many as at 1024
-    mask = torch.zeros(B * T, dtype=torch.bool)
-    mask[torch.randperm(B * T, generator=generator)[:answers]] = True
+    hidden_s, weight_s, hidden_t, weight_t, mask = _inputs(case, share, length)
     function = CONTENDERS[contender]
     few = torch.ones(8, dtype=torch.bool)  # imports and first calls are not timed
     function(hidden_s[:8].clone().requires_grad_(), weight_s[:64], hidden_t[:8], weight_t[:64], few).backward()
@@ -153,10 +145,44 @@ def measure(contender: str, case: str, share: float, length: int | None, threads
         peak = _memory("VmHWM") - before
         assert hidden_s.grad is not None and weight_s.grad is not None
     return {
-        "contender": contender, "case": case, "share": share, "length": T, "answers": answers,
-        "seconds": round(min(seconds), 2), "cpu_seconds": round(min(cpu_seconds), 2), "GiB": round(peak, 3),
-        "passes": len(seconds), "threads": threads,
+        "contender": contender, "case": case, "share": share, "length": mask.numel() // CASES[case][0],
+        "answers": int(mask.sum()), "seconds": round(min(seconds), 2), "cpu_seconds": round(min(cpu_seconds), 2),
+        "GiB": round(peak, 3), "passes": len(seconds), "threads": threads,
     }  # fmt: skip
+
+
+def _inputs(case: str, share: float, length: int | None, heads: tuple[Tensor, Tensor] | None = None) -> list[Tensor]:
+    """Student's hidden states and head, the teacher's, and which positions are answers; of another length, as many."""
+    B, T, V, H, G = CASES[case]
+    generator = torch.Generator().manual_seed(0)
+    positions = B * (length or T)
+
+    def normal(*shape: int, scale: float) -> Tensor:
+        return torch.empty(*shape, dtype=torch.bfloat16).normal_(generator=generator).mul_(scale)
+
+    hidden_s, hidden_t = normal(positions, H, scale=1.0), normal(positions, G, scale=1.0)
+    weight_s, weight_t = heads or (normal(V, H, scale=H**-0.5), normal(V, G, scale=G**-0.5))
+    mask = torch.zeros(positions, dtype=torch.bool)
+    mask[torch.randperm(positions, generator=generator)[: round(share * B * T)]] = True
+    return [hidden_s, weight_s, hidden_t, weight_t, mask]
+
+
+def lengths(case: str, share: float, threads: int, turns: int) -> dict[str, object]:
+    """Ours at as many answers among ever more positions, in turns in one process: a machine's speed drifts."""
+    torch.set_num_threads(threads)
+    inputs = [_inputs(case, share, 512)]
+    heads = inputs[0][1].requires_grad_(), inputs[0][3]
+    inputs += [_inputs(case, share, length, heads) for length in LENGTHS[1:]]
+    seconds: list[list[float]] = [[] for _ in LENGTHS]
+    for _ in range(turns):
+        for one, taken in zip(inputs, seconds, strict=True):
+            one[0] = one[0].detach().requires_grad_()
+            heads[0].grad = None
+            began = time.perf_counter()
+            ours(*one).backward()
+            taken.append(time.perf_counter() - began)
+    least = {str(length): round(min(taken[1:]), 3) for length, taken in zip(LENGTHS, seconds, strict=True)}
+    return {"contender": "ours", "case": case, "share": share, "lengths": least, "turns": turns - 1, "threads": threads}
 
 
 def _memory(key: str) -> float:
@@ -259,7 +285,7 @@ def plot(lines: Path, case: str, share: float, picture: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["run", "one", "precision", "plot"])
+    parser.add_argument("what", choices=["run", "one", "lengths", "precision", "plot"])
     parser.add_argument("--case", choices=CASES, default="qwen")
     parser.add_argument("--share", type=float, default=0.25, help="share of the positions that are supervised")
     parser.add_argument("--length", type=int, help="positions a row, at a fixed number of answer tokens")
@@ -268,13 +294,17 @@ def main() -> None:
     parser.add_argument("--logits", choices=["normal", "real"], default="normal")
     parser.add_argument("--folder", type=Path, help="what data/smollm2.py wrote, for --logits real")
     parser.add_argument("--output", type=Path, default=Path("/dev/stdout"))
+    parser.add_argument("--turns", type=int, default=6, help="of lengths; the first is not counted")
     parser.add_argument("--lines", type=Path, help="what plot reads; it writes --output")
     options = parser.parse_args()
     if options.what == "plot":
         plot(options.lines, options.case, options.share, options.output)
         return
+    lines: Iterator[Any]
     if options.what == "one":
         lines = iter([measure(options.contenders[0], options.case, options.share, options.length, options.threads)])
+    elif options.what == "lengths":
+        lines = iter([lengths(options.case, options.share, options.threads, options.turns)])
     elif options.what == "precision":
         lines = iter(precision(options.logits, options.folder, options.contenders))
     else:
@@ -284,7 +314,7 @@ def main() -> None:
             file.write(json.dumps(line) + "\n")
 
 
-def _each_apart(options: argparse.Namespace) -> Iterator[dict[str, float | str]]:
+def _each_apart(options: argparse.Namespace) -> Iterator[dict[str, object]]:
     for contender in options.contenders:
         arguments = ["--case", options.case, "--share", str(options.share), "--threads", str(options.threads)]
         arguments += ["--length", str(options.length)] if options.length else []
