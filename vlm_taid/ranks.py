@@ -25,16 +25,24 @@ def left_in_order() -> Iterator[None]:
     ours = not dist.is_initialized()
     yield
     if ours and dist.is_initialized():
-        dist.destroy_process_group()
-        time.sleep(LETTING_GO)
+        _leave()
+
+
+def _leave() -> None:
+    dist.destroy_process_group()
+    time.sleep(LETTING_GO)
 
 
 @contextmanager
 def process_group() -> Iterator[bool]:
     """Joins the launcher's ranks if there are several and nobody has yet; says whether this is rank 0."""
-    with left_in_order():
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    started = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
+    if started:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
         yield not dist.is_initialized() or dist.get_rank() == 0
+    finally:
+        if started:
+            _leave()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 TILE = 16384  # rows of a half-precision head that are in fp32 at a time, on a CPU
-SCRATCH_BYTES = 2**24
+SCRATCH_BYTES = 2**24  # a tile of weights in fp32, or some tiles' gradient
 
 
 def logits(
