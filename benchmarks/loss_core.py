@@ -245,7 +245,7 @@ def precision(logits: str, folder: Path | None, contenders: list[str]) -> list[d
         loss = CONTENDERS[contender](hidden, weight, inputs[2], inputs[3], rows)
         (loss / len(rows) if contender.startswith("ours") else loss).backward()
         line = {"contender": contender, "logits": logits, "rows": len(rows)}
-        references = exact["taid" if contender in ("ours", "authors") else "fkl"]
+        references = exact["taid" if contender in ("ours", "ours_recomputed", "authors") else "fkl"]
         for name, gradient, reference in zip(("hidden", "head"), (hidden.grad, weight.grad), references, strict=True):
             assert gradient is not None
             gradient = gradient.double()
@@ -272,11 +272,9 @@ def plot(lines: Path, case: str, share: float, picture: Path) -> None:
     """Seconds and memory of one case and share, a bar a contender; of a contender's lines the last counts."""
     import matplotlib.pyplot as plt
 
-    measured = [json.loads(line) for line in lines.read_text().splitlines()]
-    measured = [
-        line for line in measured if (line["case"], line["share"], line["length"]) == (case, share, CASES[case][1])
-    ]
-    last = {line["contender"]: line for line in measured}
+    wanted = {"case": case, "share": share, "length": CASES[case][1]}
+    measured = [json.loads(line) for line in lines.read_text().splitlines()]  # and others, of lengths and precision
+    last = {line["contender"]: line for line in measured if wanted.items() <= line.items()}
     names = [name for name in CONTENDERS if name in last]
     figure, panels = plt.subplots(1, 2, figsize=(9, 0.6 + 0.45 * len(names)), sharey=True, layout="constrained")
     for panel, key, label in zip(panels, ("seconds", "GiB"), ("seconds", "GiB beyond the inputs"), strict=True):

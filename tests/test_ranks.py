@@ -28,5 +28,28 @@ assert cli.main(["distill"]) == 0
 assert dist.is_initialized() is not {left}
 assert released == {[0.5] if left else []}
 """
-    environment = {"LOCAL_RANK": "0"} if rank else {}
-    subprocess.run([sys.executable, "-c", script], check=True, env=environment | {"DS_ACCELERATOR": "cpu"}, timeout=120)
+    _run(script, {"LOCAL_RANK": "0"} if rank else {})
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_failure_inside_leaves_the_group_that_was_joined_for_it(joined):
+    script = f"""{BEGUN_INSIDE}
+given = dist.init_process_group
+dist.init_process_group = lambda backend: given(backend, store=dist.HashStore(), rank=0, world_size=1)
+if not {joined}: dist.init_process_group("gloo")
+try:
+    with ranks.process_group() as first:
+        assert first and dist.is_initialized()
+        raise KeyError("rows")
+except KeyError:
+    assert dist.is_initialized() is not {joined}
+    assert released == {[0.5] if joined else []}
+else:
+    raise AssertionError("the failure is to be seen")
+"""
+    _run(script, {"WORLD_SIZE": "2"})
+
+
+def _run(script: str, environment: dict[str, str]) -> None:
+    environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment, timeout=120)
