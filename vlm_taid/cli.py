@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from .errors import InputError
@@ -148,11 +149,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"vlm-taid: no command {command!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    if "LOCAL_RANK" not in os.environ:
+    with _as_rank():
         return _called(command, rest)
+
+
+def _as_rank() -> AbstractContextManager[None]:
+    if "LOCAL_RANK" not in os.environ:
+        return nullcontext()
     from .ranks import left_in_order
 
-    return left_in_order(lambda: _called(command, rest))
+    return left_in_order()
 
 
 def _called(command: str, arguments: list[str]) -> int:
