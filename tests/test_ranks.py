@@ -13,18 +13,25 @@ ranks.time.sleep = released.append
 def begin(): dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 def command(arguments):
     if not dist.is_initialized(): begin()
-    return 0
+    return CODE
 
 cli.COMMANDS["distill"] = command
 """
 
 
-@pytest.mark.parametrize(("rank", "before", "left"), [(True, False, True), (True, True, False), (False, False, False)])
-def test_a_rank_leaves_the_group_that_its_command_began(rank, before, left):
-    """And lets gloo's threads have Python's lock before the interpreter ends: those that get it later abort it."""
+@pytest.mark.parametrize(
+    ("rank", "before", "code", "left"),
+    [(True, False, 0, True), (True, True, 0, False), (False, False, 0, False), (True, False, 2, False)],
+)
+def test_a_rank_leaves_the_group_that_its_command_began(rank, before, code, left):
+    """And lets gloo's threads have Python's lock before the interpreter ends: those that get it later abort it.
+
+    After a failure it waits for nobody.
+    """
     script = f"""{BEGUN_INSIDE}
+CODE = {code}
 if {before}: begin()
-assert cli.main(["distill"]) == 0
+assert cli.main(["distill"]) == {code}
 assert dist.is_initialized() is not {left}
 assert released == {[0.5] if left else []}
 """

@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from .errors import InputError
@@ -149,16 +148,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"vlm-taid: no command {command!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    with _as_rank():
-        return _called(command, rest)
-
-
-def _as_rank() -> AbstractContextManager[None]:
     if "LOCAL_RANK" not in os.environ:
-        return nullcontext()
+        return _called(command, rest)
     from .ranks import left_in_order
 
-    return left_in_order()
+    return left_in_order(lambda: _called(command, rest))
 
 
 def _called(command: str, arguments: list[str]) -> int:

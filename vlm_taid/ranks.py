@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,19 +13,21 @@ import torch.distributed as dist
 LETTING_GO = 0.5  # seconds in which gloo's threads can have Python's lock; milliseconds do but on a loaded machine
 
 
-@contextmanager
-def left_in_order() -> Iterator[None]:
-    """Leaves a process group that was begun inside, while the interpreter is whole.
+def left_in_order(command: Callable[[], int]) -> int:
+    """Runs a rank's command; leaves a process group that it began, while the interpreter is whole. Returns its code.
 
     A thread of gloo tells of a collective's end first and lets go of its tensors after that, with Python's lock. One
     that wants the lock while the interpreter ends is ended by it, which C++ takes for a fault: the process aborts, with
     its work done, and its launcher reports a failure. Groups can outlive ``destroy_process_group``, in a model under
     DDP for one, and their threads with them.
+
+    A command that failed leaves nothing: the others may be in a collective, and are not to be waited for.
     """
     ours = not dist.is_initialized()
-    yield
-    if ours and dist.is_initialized():
+    code = command()
+    if code == 0 and ours and dist.is_initialized():
         _leave()
+    return code
 
 
 def _leave() -> None:

@@ -1,12 +1,13 @@
 """linear_distillation against dense fp64 autograd."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from vlm_taid.objectives import OBJECTIVES, Head, HiddenSignal, Objective, as_slice, linear_distillation, per_token
-from vlm_taid.objectives.linear import chunk_rows, rows_at_a_time
+from vlm_taid.objectives.linear import _chunks, chunk_rows, rows_at_a_time
 
 N, H, G = 11, 16, 24
 # every objective, and its options; a temperature of ctkd is an argument of the call
@@ -181,6 +182,62 @@ def test_head_gradients_of_many_chunks_are_summed_in_fp32(instructions, monkeypa
     teacher = in_fp64(target.head)(target.hidden_NG.double())
     per_token("taid", exact(hidden.double()), teacher, t=0.4).sum().backward()
     assert off(weight.grad, exact.weight.grad) < 5e-3
+
+
+@pytest.mark.parametrize(("V", "width", "n"), [(2000, 64, 768), (32000, 2048, 4096), (49152, 576, 2000), (500, 64, 33)])
+def test_four_chunks_are_enough_where_memory_holds_them(V, width, n):
+    """And their head gradients are summed in bf16, wherever the first one's logits lie."""
+    weight = torch.empty(V, width, dtype=torch.bfloat16, device="meta")
+    for in_place in (True, False):
+        chunks, dtype = _chunks(n, weight, 2.0**16, None, in_place=in_place, streamed=True)
+        assert len(chunks) <= 4 and dtype == torch.bfloat16
+        assert [chunk.start for chunk in chunks] == [0, *(chunk.stop for chunk in chunks[:-1])]
+        assert chunks[-1].stop == n
+        assert not in_place or chunks[0].stop == min(n, width // 4)
+
+
+def test_the_dense_road_makes_no_second_head(monkeypatch):
+    """A bf16 head's gradient that is summed in fp32 is multiplied into its place."""
+    from vlm_taid.objectives import gradients, products
+
+    made = []
+
+    class Counted(products.Scratch):
+        def take(self, shape, dtype=torch.float32):
+            made.append(math.prod(shape) * dtype.itemsize)
+            return super().take(shape, dtype)
+
+    monkeypatch.setattr(products, "multiplies_bf16", lambda: True)
+    monkeypatch.setattr(products, "SCRATCH_BYTES", 2**14)
+    monkeypatch.setattr(gradients, "Scratch", Counted)
+    hidden, head, target, labels = case(4000, 4000, dtype=torch.bfloat16)
+    expected = reference("rkl", hidden, head, target, labels, 0.4, torch.ones(N).double())
+    _, _, weight_gradient, _ = ours("rkl", hidden, head, target, labels, 0.4, torch.ones(N), 2)
+    assert made and max(made) <= 2**14
+    assert off(weight_gradient, expected[2]) < 0.01
+
+
+def test_a_second_backward_is_refused():
+    """It would be without gradient: the first one gives away what the forward pass made."""
+    hidden, head, target, _ = case(40, 40)
+    loss = linear_distillation(hidden.requires_grad_(), head, target, Objective.named("taid"), t=0.4).loss_N.sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", ["taid", "rkl"])
+def test_padding_may_have_a_bias_of_minus_infinity(name):
+    columns = (torch.arange(24), torch.arange(24))
+    hidden, head, target, labels = case(40, 24, bias=True, columns=columns)
+    head.bias[24:] = -torch.inf
+    finite = replace(head, bias=head.bias.clamp_min(-1e4))
+    expected = reference(name, hidden, finite, target, labels, 0.4, torch.ones(N).double())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vlm_taid.objectives.streamed.CACHED", 16 * N)  # so that a tile is all padding
+        out, hidden_gradient, weight_gradient, _ = ours(name, hidden, head, target, labels, 0.4, torch.ones(N), None)
+    assert off(out.loss_N.detach(), expected[0]) < 1e-5
+    assert off(hidden_gradient, expected[1]) < 1e-5 and off(weight_gradient, expected[2]) < 1e-5
 
 
 def test_tied_head_gets_both_gradients():

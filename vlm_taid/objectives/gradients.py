@@ -75,10 +75,10 @@ class ChunkGradients:
         """Takes the gradient in the products with all rows, which lies nowhere else."""
         for start in range(0, gradient_nV.shape[1], self._most):
             rows = slice(start, min(start + self._most, gradient_nV.shape[1]))
-            self.add(rows, gradient_nV[:, rows])
+            self.add(rows, gradient_nV[:, rows], in_place=False)
 
-    def add(self, rows: slice, gradient_nv: Tensor) -> None:
-        """Takes the gradient in the products with a tile of rows; it may lie where theirs will be."""
+    def add(self, rows: slice, gradient_nv: Tensor, *, in_place: bool = True) -> None:
+        """Takes the gradient in the products with a tile of rows; ``in_place``, it may lie where theirs will be."""
         sums = self._sums
         if sums.bias_V is not None:
             sums.bias_V[rows] += gradient_nv.sum(0)
@@ -94,12 +94,11 @@ class ChunkGradients:
             self._sum_nH.addmm_(gradient_nv, head_vH)
         if sums.weight_VH is not None and (self._half_nH is None or sums.weight_VH.dtype == torch.float32):
             sum_vH = sums.weight_VH[rows]
-            if self._first:  # the gradient may lie in it
-                sum_vH.copy_(torch.mm(gradient_nv.T, self._fp32_nH, out=sums.product.take(sum_vH.shape)))
-            elif sum_vH.dtype == torch.float32:
-                sum_vH.addmm_(gradient_nv.T, self._fp32_nH)
+            if sum_vH.dtype == torch.float32 and not (self._first and in_place):
+                sum_vH.addmm_(gradient_nv.T, self._fp32_nH, beta=0.0 if self._first else 1.0)
             else:
-                sum_vH.add_(torch.mm(gradient_nv.T, self._fp32_nH, out=sums.product.take(sum_vH.shape)))
+                product_vH = torch.mm(gradient_nv.T, self._fp32_nH, out=sums.product.take(sum_vH.shape))
+                sum_vH.copy_(product_vH) if self._first else sum_vH.add_(product_vH)
 
     def close(self) -> None:
         """All rows have been given."""

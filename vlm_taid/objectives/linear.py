@@ -167,7 +167,8 @@ def _chunks(
         else:
             first = min(N, _rows_in_gradient(weight_VH, dtype)) if in_place else 0
             rows = rows_at_a_time(len(weight_VH), memory, streamed=streamed)
-            rows = min(rows, max(ENOUGH_ROWS, -(-N // HALF_SUMS)))
+            others = HALF_SUMS - (first > 0)
+            rows = min(rows, max(ENOUGH_ROWS, -(-(N - first) // others)))
             chunks = _equal(0, first, max(1, first)) + _equal(first, N, rows)
         if len(chunks) <= HALF_SUMS:
             return chunks, dtype
@@ -192,7 +193,8 @@ def chunk_rows(
     """Rows of a chunk of ``linear_distillation`` with these arguments, by the road that it takes for them.
 
     Returns:
-        The most that ``memory`` holds, and those of the first chunk whose logits lie in the head's gradient.
+        The most that ``memory`` holds, and those of the first chunk whose logits lie in the head's gradient (twice as
+        many where a bf16 head's is summed in fp32).
     """
     T = objective.temperature if temperature is None else temperature
     streamed = _streamed_target(head, target, objective, t, T) is not None
@@ -260,8 +262,13 @@ class _LinearDistillation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, loss_grad_N: Tensor, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "a second backward of linear_distillation: its gradients are made once, in the forward pass, and given "
+                "away; call it again, or take all gradients in one backward"
+            )
         hidden_grad_NH, weight_grad_VH, bias_grad_V = ctx.gradients
-        ctx.gradients = (None, None, None)
+        ctx.gradients = None
         if hidden_grad_NH is not None:
             hidden_grad_NH.mul_(loss_grad_N[:, None])
         if (weight_grad_VH is not None or bias_grad_V is not None) and len(loss_grad_N):

@@ -178,6 +178,6 @@ def _span(head: Head) -> slice:
 
 def _exponentials(logits_nv: Tensor) -> tuple[Tensor, Tensor]:
     """exp(logits - largest) in place; the largest and the sum, [n]."""
-    top_n = logits_nv.amax(-1)
+    top_n = logits_nv.amax(-1).clamp_min_(torch.finfo(torch.float32).min)  # a tile may be all padding of -inf
     logits_nv.sub_(top_n[:, None]).exp_()
     return top_n, logits_nv.sum(-1)
