@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +71,15 @@ def here(recipe: Path) -> Path:
 
 
 def free_port() -> str:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
+    """A port of this machine that nobody listens on.
+
+    It is below those which the kernel hands out, so that no other run's socket takes it before its launcher does.
+    """
+    while True:
+        port = random.SystemRandom().randint(15_000, 32_000)
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return str(port)
 
 
 def command(
@@ -124,7 +131,7 @@ def launched(
             assert time.monotonic() < end, f"no end after {LIMIT} s:\n{log.read_text()[-3000:]}"
             time.sleep(0.02)
     assert kill_when is None, f"the run ended before it could be killed:\n{log.read_text()[-3000:]}"
-    assert process.returncode == 0, log.read_text()[-5000:]
+    assert process.returncode == 0, log.read_text()[-20_000:]
     return output_of(recipe)
 
 

@@ -2,14 +2,13 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from tests.families import llama, vqa_rows
-from tests.runs import deepspeed_config, here, metrics, output_of, recipe_file
+from tests.runs import deepspeed_config, free_port, here, metrics, output_of, recipe_file
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -25,9 +24,7 @@ def node(recipe: Path, number: int, port: str) -> subprocess.Popen:
 
 
 def two_nodes(recipe: Path) -> list[subprocess.Popen]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     return [node(recipe, number, port) for number in (0, 1)]
 
 

@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import socket
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests import families
+from tests import families, runs
 from vlm_taid.cli import main
 from vlm_taid.errors import BadRow, InputError
 from vlm_taid.evaluation import Results, evaluate_text, load
@@ -104,10 +103,7 @@ def of_rank(rank, port, student, teacher, folder):
 
 
 def test_two_ranks_give_the_same(student, teacher, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(of_rank, (port, student, teacher, tmp_path), nprocs=2, start_method="fork")
+    mp.start_processes(of_rank, (runs.free_port(), student, teacher, tmp_path), nprocs=2, start_method="fork")
     single = sums(student, teacher)
     for rank in range(2):
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), single, rtol=1e-6, atol=1e-6)
