@@ -226,6 +226,14 @@ def test_a_second_backward_is_refused():
         loss.backward()
 
 
+def test_a_second_derivative_is_refused():
+    """It would be that of other terms alone."""
+    hidden, head, target, _ = case(40, 40)
+    loss = linear_distillation(hidden.requires_grad_(), head, target, Objective.named("taid"), t=0.4).loss_N.sum()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
 @pytest.mark.parametrize("name", ["taid", "rkl"])
 def test_padding_may_have_a_bias_of_minus_infinity(name):
     columns = (torch.arange(24), torch.arange(24))

@@ -262,6 +262,8 @@ class _LinearDistillation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, loss_grad_N: Tensor, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if torch.is_grad_enabled():
+            raise RuntimeError("linear_distillation has no second derivative: take its gradient without create_graph")
         if ctx.gradients is None:
             raise RuntimeError(
                 "a second backward of linear_distillation: its gradients are made once, in the forward pass, and given "

@@ -51,8 +51,11 @@ class KLChunks:
         device = head.weight.device
         self.scratch = Scratch(device) if gradients is None else gradients.scratch
         widest = max(head.weight.shape[1], target.head.weight.shape[1])
-        logits = 2**26 if head.weight.is_cuda else min(CACHED, rows * self.scratch.fitting(4 * widest))
-        self.tile = max(16, logits // rows)
+        if head.weight.is_cuda:  # 256 MiB of logits, or of a tile's gradient of the head
+            most = 2**26 // max(rows, widest)
+        else:
+            most = min(CACHED // rows, self.scratch.fitting(4 * widest))
+        self.tile = max(16, most)
         self.gap = torch.empty(rows * self.tile, dtype=torch.float32, device=device)
         self._own = None
 
