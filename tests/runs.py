@@ -75,11 +75,12 @@ def free_port() -> str:
 
     It is below those which the kernel hands out, so that no other run's socket takes it before its launcher does.
     """
-    while True:
+    for _ in range(100):
         port = random.SystemRandom().randint(15_000, 32_000)
         with socket.socket() as free, suppress(OSError):
             free.bind(("127.0.0.1", port))
             return str(port)
+    raise OSError("none of 100 ports of 127.0.0.1 can be listened on")
 
 
 def command(

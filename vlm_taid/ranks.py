@@ -21,7 +21,7 @@ def left_in_order(command: Callable[[], int]) -> int:
     its work done, and its launcher reports a failure. Groups can outlive ``destroy_process_group``, in a model under
     DDP for one, and their threads with them.
 
-    A command that failed leaves nothing: the others may be in a collective, and are not to be waited for.
+    A command that failed does not leave it: the others may be in a collective, and are not to be waited for.
     """
     ours = not dist.is_initialized()
     code = command()

@@ -62,6 +62,15 @@ def test_head_is_found_and_exact(case):
         assert (head(model.base_model(ids).last_hidden_state[0]) - own).abs().max() < 1e-5 * own.abs().max()
 
 
+def test_padding_may_have_a_bias_of_minus_infinity():
+    model = made(PhiConfig, PhiForCausalLM, pad_token_id=0)
+    model.lm_head.bias.data[90:] = -torch.inf
+    assert Head.of(model).bias is model.lm_head.bias
+    model.lm_head.bias.data[3] = torch.nan
+    with pytest.raises(InputError, match="differ from the model's own by nan"):
+        Head.of(model)
+
+
 def test_soft_cap_that_the_model_does_not_apply_is_not_taken():
     """A config may carry a soft cap that its class ignores (as Gemma 3's vision-language class does)."""
     model = made(Qwen2Config, Qwen2ForCausalLM, final_logit_softcapping=5.0)

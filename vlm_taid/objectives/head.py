@@ -102,8 +102,11 @@ class Head:
         forms += [replace(plain, softcap=softcap)] if softcap else []
 
         raw_TV, own_TV = _raw_and_own_logits(model, plain, 3.0 * (softcap or 10.0))
-        size = own_TV.abs().max().clamp_min(1e-6)
-        found = [float((form.curve(raw_TV.clone()) - own_TV).abs().max() / size) for form in forms]
+        size = own_TV.masked_fill(own_TV == -torch.inf, 0.0).abs().max().clamp_min(1e-6)
+        curved = [form.curve(raw_TV.clone()) for form in forms]  # padding may be -inf in both
+        found = [
+            float((form_TV - own_TV).masked_fill_(form_TV == own_TV, 0.0).abs().max() / size) for form_TV in curved
+        ]
         best = min(range(len(forms)), key=found.__getitem__)
         tolerance = 1e-3 if own_TV.dtype == torch.float32 else 3e-2
         if not found[best] <= tolerance:

@@ -50,12 +50,12 @@ class KLChunks:
         self.head, self.target, self.t, self.gradients = head, target, t, gradients
         device = head.weight.device
         self.scratch = Scratch(device) if gradients is None else gradients.scratch
-        widest = max(head.weight.shape[1], target.head.weight.shape[1])
+        V, H = head.weight.shape
         if head.weight.is_cuda:  # 256 MiB of logits, or of a tile's gradient of the head
-            most = 2**26 // max(rows, widest)
+            tile = 2**26 // max(rows, H)
         else:
-            most = min(CACHED // rows, self.scratch.fitting(4 * widest))
-        self.tile = max(16, most)
+            tile = min(CACHED // rows, self.scratch.fitting(4 * max(H, target.head.weight.shape[1])))
+        self.tile = min(max(16, tile), V)
         self.gap = torch.empty(rows * self.tile, dtype=torch.float32, device=device)
         self._own = None
 
