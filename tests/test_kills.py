@@ -23,7 +23,7 @@ from vlm_taid.checkpoints import PARTIAL, alone_in, newest_whole
 from vlm_taid.errors import InputError
 from vlm_taid.recipe import Recipe
 
-SAVE, STEPS = 4, 100
+SAVE, STEPS = 4, 120
 MEASURED = ("seconds", "second", "gib", "runtime")  # parts of the names of logged numbers that differ from run to run
 TRAINING = {
     "max_steps": STEPS, "save_strategy": "steps", "save_steps": SAVE, "gradient_accumulation_steps": 2,
@@ -60,7 +60,7 @@ class Moment:
         at: "starting" (from when the ranks are there), "training" or "saving" (while a checkpoint is written).
         number: SIGKILL or SIGTERM.
         victim: a rank, or None: the launcher.
-        wait: seconds from then on.
+        wait: seconds from then on; one that is "starting" is not let train more than six steps meanwhile.
         ahead: steps, or checkpoints, that are made before.
     """
 
@@ -135,7 +135,9 @@ def interrupted(recipe: Path, launcher: str, moment: Moment) -> str:
     while not reached():
         assert process.poll() is None and time.monotonic() < clock + runs.LIMIT, log.read_text()[-4000:]
         time.sleep(0.002)
-    time.sleep(moment.wait)
+    end = time.monotonic() + moment.wait
+    while time.monotonic() < end and not (moment.at == "starting" and trained(run) >= before + 6):
+        time.sleep(0.002)
     parent, ranks = family_of(process)
     victim = parent if moment.victim is None or not ranks else ranks[moment.victim]
     everyone, steps = [process, *process.children(recursive=True)], trained(run) - before
