@@ -93,6 +93,7 @@ def linear_distillation(
     Raises:
         ValueError: the two heads' columns differ in number, only one has a rest, or a label is in no bucket.
         TypeError: an argument that the objective needs is missing.
+        RuntimeError: in backward: it is the second one, or to be differentiated again (``create_graph``).
     """
     needs_labels = objective.uses_labels or objective.ce_weight > 0.0
     buckets_N = None
